@@ -1,0 +1,94 @@
+"""Every error that kvindexer raises on purpose.
+
+KvIndexerError
+├── SettingsError            a flag, variable or file says something unusable: name, value, what was expected
+├── WireError                bytes of a publisher that are no batch or no event of any dialect
+├── RequestError             a caller of the HTTP API asked for something that can't be (has an HTTP status)
+│   ├── UnknownModelError        404
+│   ├── ConflictError            409: contradicts what is registered
+│   └── TooLargeError            413: beyond a limit that a setting names
+└── TraceError               a recording or trace file that can't be read: file, line and what was expected
+
+A `WireError` is the peer's fault, a `RequestError` the caller's, a `SettingsError` the operator's.
+"""
+
+from __future__ import annotations
+
+
+class KvIndexerError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class SettingsError(KvIndexerError):
+    """A setting can't be used."""
+
+    def __init__(self, key: str, value: object, expected: str) -> None:
+        self.key = key
+        self.value = value
+        self.expected = expected
+        super().__init__(f"setting {key}: {value!r} is not usable, expected {expected}")
+
+
+class WireError(KvIndexerError):
+    """A publisher's bytes can't be read; `reason` is a short fixed word for counters."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        self.reason = reason
+        self.detail = detail
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+
+
+class RequestError(KvIndexerError):
+    """A request that can't be answered; becomes the one JSON error shape."""
+
+    status = 400
+
+    def __init__(self, code: str, message: str, hint: str = "", *, status: int | None = None) -> None:
+        self.code = code
+        self.message = message
+        self.hint = hint
+        if status is not None:
+            self.status = status
+        super().__init__(message)
+
+
+class UnknownModelError(RequestError):
+    """No registered source serves the model."""
+
+    status = 404
+
+    def __init__(self, model: str, known: tuple[str, ...]) -> None:
+        listed = ", ".join(known[:8]) or "none registered yet"
+        super().__init__("unknown_model", f"no source of model {model!r} is registered", f"known: {listed}")
+
+
+class ConflictError(RequestError):
+    """The registration contradicts an existing one."""
+
+    status = 409
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__("conflict", message, hint)
+
+
+class TooLargeError(RequestError):
+    """Beyond a limit; the hint names the setting that moves it."""
+
+    status = 413
+
+    def __init__(self, what: str, size: int, limit: int, setting: str) -> None:
+        super().__init__(
+            "too_large",
+            f"{what}: {size} is over the limit of {limit}",
+            f"send less, or raise {setting}",
+        )
+
+
+class TraceError(KvIndexerError):
+    """A recording or trace file can't be read."""
+
+    def __init__(self, file: str, line: int, expected: str) -> None:
+        self.file = file
+        self.line = line
+        self.expected = expected
+        super().__init__(f"{file}:{line}: expected {expected}")
