@@ -1,0 +1,1 @@
+"""HTTP: the routes of RFC #1403, /v1, health and metrics."""

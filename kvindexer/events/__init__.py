@@ -1,0 +1,1 @@
+"""Events in: bytes of publishers to ordered, verified payloads."""

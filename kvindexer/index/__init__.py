@@ -1,0 +1,1 @@
+"""Which block lies where: the in-memory index behind one narrow seam."""

@@ -1,0 +1,1 @@
+"""Names, order and weights of the tiers that blocks lie on."""
