@@ -17,29 +17,45 @@ from kvindexer.testing.dialects import Dialect, HashForm, Traits, Vllm
 from kvindexer.testing.engine import FakeEngine, PoolShape
 from kvindexer.testing.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from kvindexer.testing.faults import Faults
+from kvindexer.testing.fleet import FleetCounters, SimulatedFleet, StickyRouter
 from kvindexer.testing.hashing import MultimodalItem
 from kvindexer.testing.other_dialects import LlmdFs, MooncakeStore, Sglang
 from kvindexer.testing.publisher import Publisher
+from kvindexer.testing.recording import Player, RecordedFrame, play, read_recording
 from kvindexer.testing.request import Request, Result
+from kvindexer.testing.traffic import ChatShape, ChatTraffic, TraceTraffic, Traffic, TrafficRequest, mooncake_trace
 
 __all__ = [
     "AllBlocksCleared",
     "BlockPool",
     "BlockRemoved",
     "BlockStored",
+    "ChatShape",
+    "ChatTraffic",
     "Dialect",
     "Event",
     "FakeEngine",
     "Faults",
+    "FleetCounters",
     "HashForm",
     "LlmdFs",
     "MooncakeStore",
     "MultimodalItem",
+    "Player",
     "PoolShape",
     "Publisher",
+    "RecordedFrame",
     "Request",
     "Result",
     "Sglang",
+    "SimulatedFleet",
+    "StickyRouter",
+    "TraceTraffic",
+    "Traffic",
+    "TrafficRequest",
     "Traits",
     "Vllm",
+    "mooncake_trace",
+    "play",
+    "read_recording",
 ]

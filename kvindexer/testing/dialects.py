@@ -44,6 +44,8 @@ class HashForm(Enum):
 class Traits(NamedTuple):
     """Habits of an engine that show on the wire without being spelling."""
 
+    type: str = "vllm"
+    """As what such an engine is registered."""
     set_like: bool = False
     """A hash is announced once, however many copies there are."""
     reuse_empty_first: bool = True

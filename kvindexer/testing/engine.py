@@ -101,6 +101,11 @@ class FakeEngine:
         return self.publisher.replay_endpoint
 
     @property
+    def replay_requests(self) -> list[int]:
+        """The sequence numbers that replay was lately asked from, oldest first."""
+        return list(self.publisher.replay_requests)
+
+    @property
     def faults(self) -> Faults:
         """How the publisher misbehaves; assign to change it, from the next message on."""
         return self.publisher.faults

@@ -36,7 +36,7 @@ class Sglang:
     @property
     def traits(self) -> Traits:
         """Set-like; replay answers without the topic."""
-        return Traits(set_like=True, replay_has_topic=False)
+        return Traits("sglang", set_like=True, replay_has_topic=False)
 
     def wire_hash(self, digest: Digest, medium: str) -> WireHash:  # noqa: ARG002 -- one form for every medium
         """Spell a digest."""
@@ -82,7 +82,7 @@ class MooncakeStore:
     @property
     def traits(self) -> Traits:
         """Set-like."""
-        return Traits(set_like=True)
+        return Traits("store", set_like=True)
 
     def wire_hash(self, digest: Digest, medium: str) -> WireHash:  # noqa: ARG002 -- one form for every medium
         """Spell a digest: unsigned."""
@@ -136,7 +136,7 @@ class LlmdFs:
     @property
     def traits(self) -> Traits:
         """Set-like; its first message is number 1."""
-        return Traits(set_like=True, first_seq=1)
+        return Traits("store", set_like=True, first_seq=1)
 
     def wire_hash(self, digest: Digest, medium: str) -> WireHash:  # noqa: ARG002 -- one form for every medium
         """Spell a digest: the low 64 bits of vLLM's."""

@@ -32,6 +32,7 @@ SEQ_BYTES: Final = 8
 END_MARKER: Final = b"\xff" * SEQ_BYTES
 REQUEST_FRAMES: Final = 3
 PUB_HWM: Final = 100_000
+KEPT_REQUESTS: Final = 1_000
 REBIND_ATTEMPTS: Final = 500
 REBIND_PAUSE_S: Final = 0.01
 CLOSE_LINGER_MS: Final = 300
@@ -60,7 +61,7 @@ class Publisher:
         self.replay_endpoint = replay_endpoint
         self.faults = Faults()
         self.topic = topic.encode()
-        self.replay_requests: list[int] = []
+        self.replay_requests: deque[int] = deque(maxlen=KEPT_REQUESTS)
         self.malformed_requests = 0
         self._replay_has_topic = replay_has_topic
         self._replay_hwm = replay_hwm
