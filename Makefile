@@ -1,0 +1,51 @@
+# On a fresh machine: `make run` shows the service at work, `make test` runs every test.
+# Needs a POSIX make, Python >= 3.11 and a package index. Stamps in .venv keep later runs from installing again.
+# ARGS goes to the command: make run ARGS="--port 8090", make test ARGS="-k settings".
+
+.POSIX:
+.PHONY: run test lint format format-check types bench clean help
+
+VENV = .venv
+PYTHON_IN = $(VENV)/bin/python
+PIP = $(PYTHON_IN) -m pip --disable-pip-version-check --quiet
+ARGS =
+
+run: $(VENV)/run.stamp
+	$(PYTHON_IN) -m kvindexer demo $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(PYTHON_IN) -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(PYTHON_IN) -m ruff check . $(ARGS)
+
+format: $(VENV)/dev.stamp
+	$(PYTHON_IN) -m ruff format . $(ARGS)
+
+format-check: $(VENV)/dev.stamp
+	$(PYTHON_IN) -m ruff format --check . $(ARGS)
+
+types: $(VENV)/dev.stamp
+	$(PYTHON_IN) -m mypy $(ARGS)
+
+bench: $(VENV)/dev.stamp
+	$(PYTHON_IN) -m benchmarks --write docs/benchmarks.md $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+help:
+	@echo "make run | test | lint | format | format-check | types | bench | clean"
+
+$(VENV)/made.stamp: scripts/find-python
+	python=$$(PYTHON="$(PYTHON)" sh scripts/find-python) && "$$python" -m venv --clear $(VENV)
+	touch $@
+
+$(VENV)/run.stamp: $(VENV)/made.stamp requirements.lock pyproject.toml
+	$(PIP) install --only-binary :all: --requirement requirements.lock
+	$(PIP) install --no-deps --editable .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.lock
+	$(PIP) install --only-binary :all: --requirement requirements-dev.lock
+	touch $@
