@@ -1,0 +1,1 @@
+"""Measure indexers that speak the RFC #1403 routes as black boxes: see README.md."""

@@ -1,0 +1,94 @@
+"""`python -m benchmarks`: kvindexer and NVIDIA Dynamo's standalone indexer side by side, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from benchmarks import measure, report, services
+from benchmarks.arena import Arena, Running
+from benchmarks.measure import Effort
+from benchmarks.services import Contender
+from benchmarks.workload import Scale
+
+QUICK: Final = Effort(ingest_rounds=1, rounds=2, requests=300, wrk_s=1, probes=60, busy_rounds=1, busy_s=1.5)
+QUICK_ENTRIES: Final = 100_000
+SECTIONS: Final = ("ingest", "query", "throughput", "freshness", "busy")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    made.add_argument("--only", help=f"sections, separated by commas: {', '.join(SECTIONS)}")
+    made.add_argument("--services", default="kvindexer,dynamo", help="who is measured (default: both)")
+    made.add_argument("--quick", action="store_true", help="a tenth of the workload, about a minute")
+    made.add_argument("--engines", type=int, default=64)
+    made.add_argument("--entries", type=int, help="(engine, block) entries (default: 1000000)")
+    made.add_argument("--rounds", type=int, help="rounds of every section")
+    made.add_argument("--kvindexer-python", default=sys.executable, metavar="PATH", help="has kvindexer")
+    made.add_argument("--kvindexer-args", default="", help="further arguments of `kvindexer serve`")
+    made.add_argument("--dynamo-python", default=sys.executable, metavar="PATH", help="has ai-dynamo-runtime")
+    made.add_argument("--dynamo-args", default="", help="further arguments of `dynamo.indexer`")
+    made.add_argument("--write", type=Path, metavar="FILE", help="rewrite the generated part of this document")
+    return made
+
+
+def chosen(options: argparse.Namespace) -> tuple[list[Contender], list[str]]:
+    """Find the services to measure, and name those that are not installed."""
+    found = {
+        "kvindexer": services.kvindexer(options.kvindexer_python, shlex.split(options.kvindexer_args)),
+        "dynamo": services.dynamo(options.dynamo_python, shlex.split(options.dynamo_args)),
+    }
+    wanted = [name.strip() for name in options.services.split(",")]
+    contenders = [contender for name in wanted if (contender := found[name])]
+    return contenders, [name for name in wanted if not found[name]]
+
+
+def run(arena: Arena, contenders: list[Contender], sections: list[str], effort: Effort) -> None:
+    """Measure the sections, the results are in the arena."""
+    start = time.monotonic()
+    with ExitStack() as stack:
+        running: list[Running] = []
+        for section in sections:
+            print(f"[{time.monotonic() - start:5.0f} s] {section}", file=sys.stderr)
+            if section == "ingest":
+                measure.ingest(arena, contenders, effort)
+                continue
+            if not running:
+                engines = arena.workload.scale.engines
+                running = [stack.enter_context(Running(contender, engines)) for contender in contenders]
+                for one in running:
+                    one.play(arena.initial, 0)
+                    arena.check_all(one)
+            measure.WITH_FULL_SERVICES[section](arena, running, effort)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print."""
+    options = parser().parse_args(arguments)
+    contenders, absent = chosen(options)
+    if not contenders:
+        print("nothing to measure: none of the services is installed", file=sys.stderr)
+        return 1
+    effort = QUICK if options.quick else Effort()
+    if n := options.rounds:
+        effort = replace(effort, ingest_rounds=n, rounds=n, busy_rounds=n)
+    wanted = options.only.split(",") if options.only else SECTIONS
+    entries = options.entries or (QUICK_ENTRIES if options.quick else Scale.entries)
+    with Arena(Scale(engines=options.engines, entries=entries)) as arena:
+        run(arena, contenders, [section for section in SECTIONS if section in wanted], effort)
+        text = report.text(arena, contenders, absent)
+    print(text)
+    if options.write:
+        report.write(options.write, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""What a process and its descendants cost, read from /proc: CPU seconds and resident memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+_TICK: Final = os.sysconf("SC_CLK_TCK")
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+def descendants(pid: int) -> list[int]:
+    """List the process itself and everything it started that still runs."""
+    found = [pid]
+    for process in found:
+        for task in Path(f"/proc/{process}/task").glob("*/children"):
+            found.extend(int(child) for child in task.read_text().split())
+    return found
+
+
+def cpu_s(pid: int) -> float:
+    """User and system time so far; that of ended children is in their parent's account."""
+    ticks = 0
+    for process in descendants(pid):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        ticks += sum(int(field) for field in fields[11:15])  # utime stime cutime cstime
+    return ticks / _TICK
+
+
+def rss_mb(pid: int) -> float:
+    """Resident memory, in 10^6 bytes."""
+    pages = sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in descendants(pid))
+    return pages * _PAGE / 1e6
+
+
+def peak_mb(pid: int) -> float:
+    """The most that was ever resident, in 10^6 bytes."""
+    total = 0
+    for process in descendants(pid):
+        status = Path(f"/proc/{process}/status").read_text()
+        total += int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return total / 1e6

@@ -1,0 +1,118 @@
+"""The table: on the terminal, and between two markers of a document whose other text is kept."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from benchmarks import messages, throughput
+from benchmarks.results import FIGURES, Results
+from benchmarks.workload import BRANCHES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.arena import Arena
+    from benchmarks.services import Contender
+
+BEGIN: Final = "<!-- benchmarks: begin (written by `python -m benchmarks --write`) -->"
+END: Final = "<!-- benchmarks: end -->"
+SAME: Final = 0.05
+"""Differences below this share are called equal: the machine's noise is not smaller."""
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _verdict(advantage: float | None) -> str:
+    if advantage is None:
+        return ""
+    if abs(advantage - 1) < SAME:
+        return "equal"
+    return f"{advantage:.2f} x better" if advantage > 1 else f"**{1 / advantage:.2f} x worse**"
+
+
+def table(results: Results, names: Sequence[str]) -> str:
+    """Build a Markdown table; with two services the last column compares the first with the second."""
+    pair = len(names) == 2
+    head = ["", "unit", *names, *([f"{names[0]}, median of the rounds' ratios"] if pair else [])]
+    rows = []
+    for key, figure in FIGURES.items():
+        if not any(results.samples[key][name] for name in names):
+            continue
+        values = [_number(results.typical(key, name)) for name in names]
+        verdict = [_verdict(results.advantage(key, *names))] if pair else []
+        rows.append([figure.label, figure.unit, *values, *verdict])
+    tally = [f"{results.right[name]:,} of {results.checked[name]:,}" for name in names]
+    rows.append(["right answers", "", *tally, *([""] if pair else [])])
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    first = "| " + " | ".join(c.ljust(w) for c, w in zip(head, widths, strict=True)) + " |"
+    return "\n".join([first, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines])
+
+
+def behind(results: Results, names: Sequence[str]) -> list[str]:
+    """Labels of the figures in which the first service is worse than the second."""
+    if len(names) != 2:
+        return []
+    found = []
+    for key, figure in FIGURES.items():
+        advantage = results.advantage(key, *names)
+        if advantage is not None and advantage <= 1 - SAME:
+            found.append(f"{figure.label} ({figure.unit})")
+    return found
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def circumstances(arena: Arena, contenders: Sequence[Contender], absent: Sequence[str]) -> str:
+    """When, where, what."""
+    workload, scale = arena.workload, arena.workload.scale
+    events = sum(1 for _ in messages.read_spool(arena.initial.path, range(scale.engines)))
+    versions = ", ".join(f"{contender.name} {contender.version}" for contender in contenders)
+    cores = len(os.sched_getaffinity(0))
+    shared = f"{cores} cores, shared by services, publishers and client"
+    client = throughput.client_name()
+    entries = f"{scale.entries:,} (engine, block) entries in blocks of 16 tokens, {events:,} store events"
+    queries = f"{len(workload.families) * BRANCHES} different prompts of 512 blocks, every engine in every answer"
+    lines = [
+        f"Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        f"Services: {versions}" + "".join(f"; {name} was not installed and is left out" for name in absent),
+        f"Machine: {_processor()}, {shared}",
+        f"Linux {platform.release()}, Python {platform.python_version()}; 8 connections driven by {client}",
+        f"Workload: {scale.engines} engines, {entries}",
+        f"Queries: {queries}",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def text(arena: Arena, contenders: Sequence[Contender], absent: Sequence[str]) -> str:
+    """Build the whole report."""
+    names = [contender.name for contender in contenders]
+    parts = [circumstances(arena, contenders, absent), table(arena.results, names)]
+    if worse := behind(arena.results, names):
+        parts.append(f"Where {names[0]} is behind: {'; '.join(worse)}.")
+    return "\n\n".join(parts)
+
+
+def write(path: Path, generated: str) -> None:
+    """Replace what stands between the markers, or append them."""
+    old = path.read_text() if path.exists() else "# Benchmarks\n"
+    part = f"{BEGIN}\n{generated}\n{END}"
+    if BEGIN in old and END in old:
+        before, _, rest = old.partition(BEGIN)
+        after = rest.partition(END)[2]
+        path.write_text(before + part + after)
+    else:
+        path.write_text(f"{old.rstrip()}\n\n{part}\n")
