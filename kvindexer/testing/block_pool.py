@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
 
 from kvindexer.testing.cpu_tier import CpuTier
@@ -87,8 +87,11 @@ class BlockPool:
 
     def cached_tokens(self, tokens: Sequence[int], salt: str | None = None, lora: str | None = None) -> int:
         """Return what the engine would report as cached if this prompt came now, alone."""
-        gpu, cpu = self._lookup(self.digests(tokens, salt, lora), len(tokens))
-        return (gpu + cpu) * self.block_size
+        digests = self.digests(tokens, salt, lora)
+        gpu, _ = self._lookup(digests, len(tokens))
+        # the request would wait for copies that are under way
+        offloaded = takewhile(lambda key: key in self._cpu or self._cpu.is_pending(key), self._keys(digests[gpu:]))
+        return (gpu + sum(1 for _ in offloaded)) * self.block_size
 
     def submit(
         self,
@@ -150,22 +153,25 @@ class BlockPool:
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
+    def _keys(self, digests: Iterable[Digest]) -> list[GroupedDigest]:
+        return [(GROUP, digest) for digest in digests]
+
     def _lookup(self, digests: Sequence[Digest], length: int) -> tuple[int, int]:
         """Return how many leading blocks are on the GPU, and how many more on the CPU."""
         reusable = (length - 1) // self.block_size
         gpu = 0
         while gpu < reusable and self._blocks.find((GROUP, digests[gpu])) is not None:
             gpu += 1
-        end = gpu
-        while end < len(digests) and (GROUP, digests[end]) in self._cpu:
-            end += 1
-        return gpu, end - gpu
+        cpu = sum(1 for _ in takewhile(self._cpu.__contains__, self._keys(digests[gpu:])))
+        return gpu, cpu
 
     def _admit(self, request: Request) -> bool:
         """Give a waiting request its cached prefix, unless the pool is too full for its first chunk."""
         self._hasher.extend(request.digests, request.tokens, request.scope)
         gpu, cpu = self._lookup(request.digests, len(request.tokens))
-        keys = [(GROUP, digest) for digest in request.digests[: gpu + cpu]]
+        if any(map(self._cpu.is_pending, self._keys(request.digests[gpu + cpu :][:1]))):
+            return False  # vLLM waits for a copy that it can read a step later
+        keys = self._keys(request.digests[: gpu + cpu])
         hits = [block for key in keys[:gpu] if (block := self._blocks.find(key)) is not None]
         idle_hits = sum(map(self._blocks.is_free, hits))
         chunk = min(len(request.tokens), (gpu + cpu) * self.block_size + self._max_step_tokens)

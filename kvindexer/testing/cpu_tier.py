@@ -28,6 +28,10 @@ class CpuTier:
     def __contains__(self, key: GroupedDigest) -> bool:
         return key in self._ready
 
+    def is_pending(self, key: GroupedDigest) -> bool:
+        """Tell whether a copy of this block is under way."""
+        return key in self._pending
+
     def held(self) -> set[GroupedDigest]:
         """Return what can be read from this tier now."""
         return set(self._ready)

@@ -120,7 +120,7 @@ def mooncake_trace(path: str | Path, block_size: int = MOONCAKE_BLOCK_TOKENS) ->
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
                     f"{path}, line {number}: expected an object with numbers timestamp, input_length, output_length"
-                    f" and a list hash_ids with an id per {block_size} input tokens, found {line.strip()[:80]!r} ({error})"
+                    f" and a list hash_ids with an id per {block_size} input tokens, found {line[:80]!r} ({error})"
                 ) from error
 
 
