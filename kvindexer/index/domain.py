@@ -1,0 +1,117 @@
+"""A hash domain: what the engine hashes of its members mean.
+
+    bindings   engine hash -> block key         learnt from stores that carry tokens; kept past the last copy
+    waiting    parent hash -> {hash: local}     stores whose parent is not known yet: bound when it turns up
+    unbound    held hashes without a key        orphans: counted as copies, in no answer until they are bound
+    dead       bindings that nobody holds       oldest first; the first to go at a bound
+
+A source is a domain of its own; a store and the engines that read it share one, for they share hashes.
+
+Invariants: once bound, a hash keeps its key; every held hash is either bound and shown or in `unbound`; a hash is
+never in both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvindexer.tokenization.blocks import link
+
+if TYPE_CHECKING:
+    from kvindexer.index.share import Share
+    from kvindexer.index.space import Space
+
+
+class Domain:
+    """Bindings and orphans of the shares that have their hashes in common."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        """Where hashes are bound unless `elsewhere` says otherwise."""
+        self.members: list[Share] = []
+        self.bindings: dict[int, int] = {}
+        self.elsewhere: dict[int, Space] = {}
+        """Hashes whose blocks have another size than the registered one."""
+        self.parents: dict[int, int] | None = None
+        """Hash -> hash of the block before; kept only where offload chunks cover several blocks."""
+        self.waiting: dict[int, dict[int, tuple[int, Space]]] = {}
+        self.waiting_links = 0
+        self.unbound: dict[int, None] = {}
+        self.dead: dict[int, None] = {}
+        self.conflicts = 0
+        """Stores that named another block for a bound hash (and were overruled)."""
+
+    def space_of(self, block_hash: int) -> Space:
+        """The keyspace that a bound hash's key belongs to."""
+        return self.elsewhere.get(block_hash, self.space)
+
+    def bind(self, block_hash: int, key: int, space: Space) -> None:
+        """Learn what a hash means, and what its waiting descendants mean; all places that hold them show them."""
+        open_ends = [(block_hash, key, space)]
+        while open_ends:
+            found, its_key, its_space = open_ends.pop()
+            known = self.bindings.setdefault(found, its_key)
+            if known != its_key:
+                self.conflicts += 1
+                continue
+            if its_space is not self.space:
+                self.elsewhere[found] = its_space
+            if found in self.unbound:
+                del self.unbound[found]
+                for member in self.members:
+                    member.bound(found, its_key, its_space)
+            children = self.waiting.pop(found, None)
+            if children:
+                self.waiting_links -= len(children)
+                open_ends += [(child, link(its_key, local), where) for child, (local, where) in children.items()]
+
+    def bind_behind(self, parent: int, block_hash: int, local: int, space: Space) -> None:
+        """Bind a hash by its parent's key, now or once the parent is bound."""
+        key = self.bindings.get(parent)
+        if key is not None:
+            self.bind(block_hash, link(key, local), space)
+            return
+        children = self.waiting.setdefault(parent, {})
+        if block_hash not in children:
+            self.waiting_links += 1
+        children[block_hash] = (local, space)
+        if self.parents is not None:
+            self.parents[block_hash] = parent
+
+    def forget_dead(self, bindings_limit: int, links_limit: int) -> None:
+        """Bound the bindings that no member holds, and the links that wait for a parent."""
+        while len(self.dead) > bindings_limit:
+            oldest = next(iter(self.dead))
+            del self.dead[oldest]
+            if not any(member.holds(oldest) for member in self.members):
+                self.bindings.pop(oldest, None)
+                self.elsewhere.pop(oldest, None)
+                if self.parents is not None:
+                    self.parents.pop(oldest, None)
+        while self.waiting_links > links_limit:
+            oldest = next(iter(self.waiting))
+            self.waiting_links -= len(self.waiting.pop(oldest))
+
+    def absorb(self, other: Domain) -> None:
+        """Take over another domain's members and knowledge; for a hash known to both, ours stays."""
+        if other is self:
+            return
+        held = {block_hash for member in other.members for block_hash in member.hide_all()}
+        if self.parents is not None or other.parents is not None:
+            self.parents = {**(other.parents or {}), **(self.parents or {})}
+        for block_hash, key in other.bindings.items():
+            self.bind(block_hash, key, other.space_of(block_hash))
+        for parent, children in other.waiting.items():
+            for child, (local, space) in children.items():
+                self.bind_behind(parent, child, local, space)
+        self.dead |= other.dead
+        for member in other.members:
+            member.domain = self
+        for block_hash in held:
+            known = self.bindings.get(block_hash)
+            if known is None:
+                self.unbound[block_hash] = None
+                continue
+            for member in other.members:
+                member.bound(block_hash, known, self.space_of(block_hash))
+        self.members += other.members

@@ -1,0 +1,205 @@
+"""One source's share of the index: what it holds, place by place.
+
+    place      = (rank, group, tier, ownership, keyspace)
+    copies     engine hash -> physical copies            counted on a vLLM GPU, 1 elsewhere
+    covers     engine hash -> keys shown for it          only where an offload chunk covers several blocks
+
+Invariant: a place shows the key of every hash in `copies` that its domain has bound, once, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
+
+from kvindexer.index.domain import Domain
+from kvindexer.index.space import Space
+from kvindexer.index.topology import Slot
+from kvindexer.tiering.groups import GroupRule
+from kvindexer.types import TIERS, SourceSpec, Tier
+
+
+class PlaceName(NamedTuple):
+    """Where inside a source a block lies."""
+
+    rank: int
+    group: int
+    tier: Tier
+    ownership: str | None
+    block_size: int
+
+
+class Place:
+    """The blocks of one place."""
+
+    __slots__ = ("copies", "counted", "covers", "name", "slot", "space", "span")
+
+    def __init__(self, name: PlaceName, slot: Slot, *, counted: bool, span: int) -> None:
+        self.name = name
+        self.slot = slot
+        self.space = slot.space
+        self.counted = counted
+        self.span = span
+        """How many blocks one hash stands for, itself and those before it."""
+        self.copies: dict[int, int] = {}
+        self.covers: dict[int, tuple[int, ...]] = {}
+
+    def show(self, block_hash: int, key: int, domain: Domain) -> None:
+        """A held hash has become, or was, bound to this key."""
+        self.space.show(self.slot, self.name.tier, key)
+        if self.span > 1:
+            covered = tuple(_keys_before(block_hash, self.span - 1, domain))
+            self.covers[block_hash] = covered
+            for before in covered:
+                self.space.show(self.slot, self.name.tier, before)
+
+    def hide(self, block_hash: int, key: int) -> None:
+        """A bound hash is held here no more."""
+        self.space.hide(self.slot, self.name.tier, key)
+        if self.span > 1:
+            for before in self.covers.pop(block_hash, ()):
+                self.space.hide(self.slot, self.name.tier, before)
+
+
+def _keys_before(block_hash: int, count: int, domain: Domain) -> Iterator[int]:
+    parents = domain.parents or {}
+    for _ in range(count):
+        parent = parents.get(block_hash)
+        key = None if parent is None else domain.bindings.get(parent)
+        if parent is None or key is None:
+            return
+        yield key
+        block_hash = parent
+
+
+class Share:
+    """Everything one source holds."""
+
+    def __init__(self, source: str, spec: SourceSpec, space: Space) -> None:
+        self.source = source
+        self.spec = spec
+        self.space = space
+        """The keyspace it was registered for."""
+        self.domain = Domain(space)
+        self.domain.members.append(self)
+        if spec.offload_blocks_per_chunk > 1:
+            self.domain.parents = {}
+        self.places: dict[PlaceName, Place] = {}
+        self.slots: dict[tuple[int, int, int], Slot] = {}
+        self.entries = 0
+        self.truncated = False
+        self.slot(spec.rank, 0, space)
+
+    def slot(self, rank: int, group: int, space: Space) -> Slot:
+        """The bit of one of its ranks' groups."""
+        name = (rank, group, space.keyspace.block_size)
+        found = self.slots.get(name)
+        if found is None:
+            found = self.slots[name] = space.open_slot(self.source, self.spec, rank, group)
+        return found
+
+    def place(self, rank: int, group: int, tier: Tier, ownership: str | None, space: Space) -> Place:
+        """The named place, made at its first use."""
+        name = PlaceName(rank, group, tier, ownership, space.keyspace.block_size)
+        found = self.places.get(name)
+        if found is None:
+            spec = self.spec
+            counted = tier is Tier.GPU and spec.type == "vllm" and spec.report_mode == "normal" and not spec.readers
+            span = spec.offload_blocks_per_chunk if tier is not Tier.GPU else 1
+            found = self.places[name] = Place(name, self.slot(rank, group, space), counted=counted, span=span)
+        return found
+
+    def witness(self, place: Place, rule: GroupRule | None) -> None:
+        """An event has named this place."""
+        place.slot.witness(place.name.tier, rule)
+
+    def holds(self, block_hash: int) -> bool:
+        """Whether any place has a copy."""
+        return any(block_hash in place.copies for place in self.places.values())
+
+    def bound(self, block_hash: int, key: int, space: Space) -> None:
+        """The domain has learnt a key: every place that holds the hash, and has not shown it, shows it."""
+        for place in list(self.places.values()):
+            if block_hash not in place.copies:
+                continue
+            if place.space is not space:
+                place = self._moved(block_hash, place, space)  # noqa: PLW2901 - the same place in another keyspace
+            place.show(block_hash, key, self.domain)
+
+    def _moved(self, block_hash: int, place: Place, space: Space) -> Place:
+        rank, group, tier, ownership, _ = place.name
+        target = self.place(rank, group, tier, ownership, space)
+        target.slot.witness(tier, place.slot.rule)
+        target.copies[block_hash] = place.copies.pop(block_hash)
+        return target
+
+    def hide_all(self) -> Iterator[int]:
+        """Stop showing anything, hold everything; yields the held hashes."""
+        for place in self.places.values():
+            for block_hash in place.copies:
+                key = self.domain.bindings.get(block_hash)
+                if key is not None:
+                    place.hide(block_hash, key)
+                yield block_hash
+
+    def drop(self, place: Place, block_hash: int) -> None:
+        """Forget the last copy of a hash at this place."""
+        del place.copies[block_hash]
+        domain = self.domain
+        key = domain.bindings.get(block_hash)
+        if key is not None:
+            place.hide(block_hash, key)
+            domain.dead[block_hash] = None
+        elif not any(member.holds(block_hash) for member in domain.members):
+            domain.unbound.pop(block_hash, None)
+
+    def empty(self, tiers: Collection[Tier], rank: int | None = None) -> list[int]:
+        """Forget everything on these tiers (of this rank, if given); returns the hashes that went."""
+        gone: list[int] = []
+        for place in self.places.values():
+            if place.name.tier in tiers and rank in (None, place.name.rank):
+                hashes = list(place.copies)
+                for block_hash in hashes:
+                    self.drop(place, block_hash)
+                gone += hashes
+        self.recount()
+        return gone
+
+    def recount(self) -> int:
+        """Bring `entries` up to date; returns by how much it changed."""
+        before = self.entries
+        self.entries = sum(len(place.copies) for place in self.places.values())
+        return self.entries - before
+
+    def blocks(self) -> tuple[int, int, int, int]:
+        """Entries per tier, in the order of `TIERS`."""
+        totals = [0] * len(TIERS)
+        for name, place in self.places.items():
+            totals[name.tier] += len(place.copies)
+        return totals[0], totals[1], totals[2], totals[3]
+
+    def drop_oldest(self, count: int) -> list[int]:
+        """Forget the entries that were stored first, orphans before others; the share is not complete any more."""
+        gone: list[int] = []
+        self.truncated = True
+        for chosen in (self._oldest(count, bound=False), self._oldest(count, bound=True)):
+            for place, block_hash in chosen:
+                if len(gone) == count:
+                    break
+                self.drop(place, block_hash)
+                gone.append(block_hash)
+        self.recount()
+        return gone
+
+    def _oldest(self, count: int, *, bound: bool) -> Iterable[tuple[Place, int]]:
+        bindings = self.domain.bindings
+        for place in sorted(self.places.values(), key=lambda place: -place.name.tier):
+            chosen = [h for h, _ in zip((h for h in place.copies if (h in bindings) is bound), range(count))]  # noqa: B905 - the shorter one decides
+            yield from ((place, block_hash) for block_hash in chosen)
+
+    def close(self) -> None:
+        """Leave the index without a trace."""
+        self.empty(TIERS)
+        self.domain.members.remove(self)
+        for slot in self.slots.values():
+            slot.space.close_slot(slot)
