@@ -1,0 +1,182 @@
+"""The command line: what can be said.  What is then done lives in `commands/`, one module a command.
+
+Exit codes: 0 all went well, 1 it could not be done, 2 it was asked for in a way that can't be used, 130 Ctrl-C.
+A command's module is imported when the command is chosen, so that each pays for its own imports only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, ArgumentTypeError
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, cast
+
+from kvindexer.errors import KvIndexerError, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+DEFAULT_URL: Final = "http://127.0.0.1:8090"
+UNUSABLE: Final = 2
+INTERRUPTED: Final = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; no error that was foreseen shows a traceback."""
+    options = parser().parse_args(arguments)
+    try:
+        run = cast("Callable[[object], int]", import_module(f"kvindexer.commands.{options.command}").run)
+        code = run(options)
+        sys.stdout.flush()
+    except SettingsError as error:
+        print(f"kvindexer: {error}", file=sys.stderr)
+        return UNUSABLE
+    except KvIndexerError as error:
+        print(f"kvindexer: {error}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader of a pipe has gone; what is left in the buffer must not fail a second time at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def parser() -> ArgumentParser:
+    """Build the command line."""
+    made = ArgumentParser(prog="kvindexer", description="Which inference pod holds which prompt prefix, right now.")
+    made.add_argument("--version", action="version", version=f"kvindexer {_version()}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, fill) in COMMANDS.items():
+        fill(commands.add_parser(name, help=summary, description=summary))
+    return made
+
+
+def _serve(made: ArgumentParser) -> None:
+    made.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    made.add_argument("--host", help="address to listen on (else: setting host, 127.0.0.1)")
+    made.add_argument("--port", help="TCP port; 0: any free one (else: setting port, 8090)")
+    made.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical")
+    made.add_argument(
+        "--source",
+        action="append",
+        metavar="NAME=VALUE,...",
+        help="a publisher, repeatable: instance=pod-a,model=m,block_size=16,endpoint=tcp://...,replay=tcp://...,rank=0",
+    )
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting, repeatable")
+    _exit_with_stdin(made)
+
+
+def _simulate(made: ArgumentParser) -> None:
+    _fleet(made)
+    made.add_argument("--trace", type=Path, metavar="FILE", help="a Mooncake trace (JSONL) instead of made-up chats")
+    made.add_argument(
+        "--first-port", type=_whole, default=0, metavar="PORT", help="of engine 0 (else any free ports)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="the same seed makes the same traffic (%(default)s)")
+    made.add_argument("--register", metavar="URL", help="register each engine with the service there")
+    made.add_argument("--route", metavar="URL", help="ask the service there which engine a request should go to")
+    made.add_argument("--example", type=Path, metavar="FILE", help="write a query about a prompt that is held there")
+    made.add_argument("--duration-s", type=_positive, metavar="SECONDS", help="end by itself")
+    _exit_with_stdin(made)
+
+
+def _demo(made: ArgumentParser) -> None:
+    _fleet(made)
+    made.add_argument("--port", type=_whole, help="of the service (else 8090 if it is free, any free one otherwise)")
+    made.add_argument(
+        "--interval-s", type=_positive, metavar="SECONDS", help="between updates (else 1, no terminal: 5)"
+    )
+    made.add_argument("--duration-s", type=_positive, metavar="SECONDS", help="end by itself")
+
+
+def _query(made: ArgumentParser) -> None:
+    made.add_argument(
+        "file",
+        nargs="?",
+        default="-",
+        metavar="FILE",
+        help="token ids: a JSON list, or just numbers (else standard input)",
+    )
+    made.add_argument("--url", default=DEFAULT_URL, help="of the service (%(default)s)")
+    made.add_argument("--model", required=True, help="as it was registered")
+    made.add_argument("--block-size", type=_count, metavar="TOKENS", help="look at this block size only")
+    made.add_argument("--lora", metavar="NAME", help="LoRA adapter of the request")
+    made.add_argument("--cache-salt", metavar="SALT", help="cache salt of the request")
+    made.add_argument("--candidate", action="append", metavar="INSTANCE", help="ask about these only, repeatable")
+    made.add_argument("--json", action="store_true", help="print the answer as it came")
+
+
+def _replay(made: ArgumentParser) -> None:
+    made.add_argument("folder", type=Path, metavar="FOLDER", help="a recording, with a frames.jsonl")
+    made.add_argument(
+        "--endpoint", default="tcp://127.0.0.1:5557", help="to publish on (%(default)s); further sources: next ports"
+    )
+    made.add_argument("--replay-endpoint", metavar="ENDPOINT", help="to answer replay requests on")
+    made.add_argument("--source", metavar="NAME", help="play this source of the recording only")
+    made.add_argument(
+        "--rate", type=_positive, metavar="PER_S", help="messages a second (else: as they were recorded)"
+    )
+    made.add_argument("--wait-s", type=_positive, metavar="SECONDS", help="wait that long for a subscriber first")
+    made.add_argument("--loop", action="store_true", help="begin again at the end, each time as a new life")
+    made.add_argument("--hold", action="store_true", help="stay at the end, for replay requests, until Ctrl-C")
+
+
+COMMANDS: Final = {
+    "serve": ("Run the service.", _serve),
+    "demo": ("Run the service with a simulated fleet and show both at work.", _demo),
+    "simulate": ("Run engines without a GPU that publish KV events as real ones do.", _simulate),
+    "query": ("Ask who holds how much of a prompt.", _query),
+    "replay": ("Publish a recording of a real engine.", _replay),
+}
+
+
+def _fleet(made: ArgumentParser) -> None:
+    made.add_argument("--engines", type=_count, default=4, metavar="N", help="engines (%(default)s)")
+    made.add_argument(
+        "--rate", type=_positive, default=20.0, metavar="PER_S", help="requests a second, in all (%(default)s)"
+    )
+    made.add_argument("--blocks", type=_count, default=512, metavar="N", help="GPU blocks of an engine (%(default)s)")
+    made.add_argument(
+        "--cpu-blocks", type=_whole, default=1024, metavar="N", help="CPU blocks of an engine; 0: none (%(default)s)"
+    )
+    made.add_argument(
+        "--block-size", type=_count, default=16, metavar="TOKENS", help="tokens of a block (%(default)s)"
+    )
+    made.add_argument("--model", default="simulated", help="name of the model (%(default)s)")
+
+
+def _exit_with_stdin(made: ArgumentParser) -> None:
+    made.add_argument(
+        "--exit-with-stdin", action="store_true", help="end when standard input closes, as it does when a parent dies"
+    )
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) > 0:
+        return number
+    raise ArgumentTypeError(f"{text}: expected a number above 0")
+
+
+def _whole(text: str) -> int:
+    if (number := int(text)) >= 0:
+        return number
+    raise ArgumentTypeError(f"{text}: expected 0 or more")
+
+
+def _positive(text: str) -> float:
+    if isfinite(number := float(text)) and number > 0:
+        return number
+    raise ArgumentTypeError(f"{text}: expected a finite number above 0")
+
+
+def _version() -> str:
+    try:
+        return version("kvindexer")
+    except PackageNotFoundError:  # run from a checkout that isn't installed
+        return "unknown"

@@ -1,0 +1,56 @@
+"""Child processes of the demo: other commands of kvindexer, ended when the demo ends, however it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from tempfile import TemporaryFile
+from typing import Final, Self
+
+from kvindexer.commands.failure import CommandError
+
+STOP_WITHIN_S: Final = 10.0
+TAIL_BYTES: Final = 2000
+
+
+class Child:
+    """One command as a process, in a session of its own so that a Ctrl-C reaches the demo alone.
+
+    Its standard input is a pipe that nobody writes to: it closes when the demo dies, even by SIGKILL.
+    """
+
+    def __init__(self, command: str, *arguments: str) -> None:
+        self.name = command
+        self._output = TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        self._process = subprocess.Popen(  # noqa: S603 - this very program
+            [sys.executable, "-m", "kvindexer", command, "--exit-with-stdin", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._output.close()
+
+    def check(self) -> None:
+        """Raise CommandError if the process has ended, with its last words."""
+        if (code := self._process.poll()) is not None:
+            self._output.seek(max(0, self._output.seek(0, 2) - TAIL_BYTES))
+            words = self._output.read().decode(errors="replace").strip()
+            raise CommandError(f"kvindexer {self.name} ended with exit code {code}", words.replace("\n", "\n  "))
+
+    def stop(self) -> None:
+        """End it: politely, and after a while by force."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()

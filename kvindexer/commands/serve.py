@@ -1,0 +1,37 @@
+"""`kvindexer serve`: settings, then the service until a signal."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from kvindexer.commands.stopping import exit_with_stdin
+from kvindexer.errors import SettingsError
+from kvindexer.settings import load_settings
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+
+def run(options: Namespace) -> int:
+    """Serve; the settings are complete before anything else of the service is imported."""
+    settings = load_settings(options.config, overrides(options), os.environ)
+    if options.exit_with_stdin:
+        exit_with_stdin()
+    from kvindexer import service  # noqa: PLC0415 - a second of imports that a wrong setting needn't wait for
+
+    return service.run(settings)
+
+
+def overrides(options: Namespace) -> dict[str, Any]:
+    """Collect the topmost layer of settings: the flags."""
+    values: dict[str, Any] = {}
+    for text in options.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SettingsError("set", text, "key=value")
+        if key in values:
+            raise SettingsError(key, value, "one --set for each setting")
+        values[key] = value
+    named = {"host": options.host, "port": options.port, "log_level": options.log_level, "sources": options.source}
+    return values | {key: value for key, value in named.items() if value is not None}
