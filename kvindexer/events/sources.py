@@ -1,0 +1,107 @@
+"""Which sources exist: registered at start, by flag or file, and later over HTTP.
+
+The identity of a source is the endpoint that we dial; nothing that a message says can change it.  Registering the
+same thing again is fine, something that contradicts it is refused until the old one is unregistered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from kvindexer.errors import ConflictError, RequestError, TooLargeError
+from kvindexer.types import SourceSpec
+
+
+class Registry:
+    """The registered sources, by identity."""
+
+    def __init__(self, allowed_endpoints: tuple[str, ...] = ("tcp://*",), max_sources: int = 4096) -> None:
+        self._allowed = allowed_endpoints
+        self._max_sources = max_sources
+        self._specs: dict[str, SourceSpec] = {}
+
+    def __contains__(self, source: str) -> bool:
+        return source in self._specs
+
+    def __iter__(self) -> Iterator[tuple[str, SourceSpec]]:
+        return iter(self._specs.items())
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def register(self, spec: SourceSpec) -> str | None:
+        """Add a source; returns its identity, or None if just this is registered already.
+
+        Raises ConflictError, TooLargeError, or RequestError for an endpoint that may not be dialled.
+        """
+        for endpoint in (spec.endpoint, spec.replay):
+            if endpoint is not None:
+                self._check_endpoint(endpoint)
+        source = spec.endpoint
+        known = self._specs.get(source)
+        if known == spec:
+            return None
+        if known is not None:
+            raise ConflictError(
+                f"endpoint {source} is registered with other values: {_differences(known, spec)}",
+                f"unregister instance {known.instance!r} first if they changed",
+            )
+        for other in self._specs.values():
+            if _same_holder(other, spec):
+                raise ConflictError(
+                    f"instance {spec.instance!r} rank {spec.rank} of {spec.model!r} publishes at {other.endpoint}",
+                    "unregister it first, or give this publisher its own instance or rank",
+                )
+        if len(self._specs) >= self._max_sources:
+            raise TooLargeError("registered sources", len(self._specs) + 1, self._max_sources, "max_sources")
+        self._specs[source] = spec
+        return source
+
+    def unregister(
+        self, instance: str, *, model: str | None = None, tenant: str | None = None, rank: int | None = None
+    ) -> list[tuple[str, SourceSpec]]:
+        """Remove an instance's sources, all or those of one model, tenant or rank; returns what was removed."""
+        chosen = [
+            (source, spec)
+            for source, spec in self._specs.items()
+            if spec.instance == instance
+            and model in (None, spec.model)
+            and tenant in (None, spec.tenant)
+            and rank in (None, spec.rank)
+        ]
+        for source, _ in chosen:
+            del self._specs[source]
+        return chosen
+
+    def _check_endpoint(self, endpoint: str) -> None:
+        if not any(fnmatchcase(endpoint, pattern) for pattern in self._allowed):
+            raise RequestError(
+                "endpoint_not_allowed",
+                f"endpoint {endpoint!r} may not be dialled",
+                f"allowed are {', '.join(self._allowed)} (setting allowed_endpoints)",
+            )
+        host, _, port = endpoint.partition("://")[2].rpartition(":")
+        if endpoint.startswith("tcp://") and not (
+            host and host != "*" and port.isdecimal() and 0 < int(port) < 2**16
+        ):
+            raise RequestError(
+                "bad_endpoint",
+                f"endpoint {endpoint!r} can't be dialled",
+                "give the address and port that the engine can be reached at, like tcp://10.0.0.7:5557",
+            )
+
+
+def _same_holder(one: SourceSpec, other: SourceSpec) -> bool:
+    return (one.tenant, one.model, one.instance, one.rank, one.type) == (
+        other.tenant,
+        other.model,
+        other.instance,
+        other.rank,
+        other.type,
+    )
+
+
+def _differences(known: SourceSpec, new: SourceSpec) -> str:
+    names = [name for name in SourceSpec.__slots__ if getattr(known, name) != getattr(new, name)]
+    return ", ".join(f"{name} is {getattr(known, name)!r}, not {getattr(new, name)!r}" for name in names)

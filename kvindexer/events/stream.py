@@ -1,0 +1,493 @@
+"""One source's stream: order, gaps, replay, lives.  A state machine without I/O.
+
+Inputs are methods: live frames, replayed frames, the end or failure of a replay, connected, disconnected, tick.
+Each returns the actions that follow, in order, as data; the ZMQ shell (`events.subscriber`) only moves bytes.
+
+    live frame ──► next in order? ── yes ─────────────────────────────► Apply
+                        │ no
+                        ├─ a hole before it: hold it, Ask(last seq) ──► replay fills the hole, held ones follow
+                        ├─ seen before, same bytes ───────────────────► Drop(duplicate)
+                        └─ seen before, other bytes: a new life ──────► Withdraw, Ask(0)
+
+A replay is always asked from the last applied seq *inclusive*: its first reply proves whether the publisher still
+lives the same life, since payloads carry a time stamp and so never repeat.
+
+    first reply                                      meaning                       what follows
+    last seq, same digest                            same life                     apply what comes behind it
+    last seq, other digest; end marker only          new life                      Withdraw, Ask(0)
+    above last seq, connected all the while          same life, a hole for good    go on, not sound, not complete
+    above last seq, after a disconnect               unproven                      go on, not sound, not complete
+    none in time                                     unknown                       go on, flags off, ask again later
+
+Invariants: a payload is applied at most once a life, in the order of its seq; a loss that was noticed is either
+repaired or takes the flags off; a source never goes dark, whatever its replay socket does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, NamedTuple
+
+from xxhash import xxh3_128_digest
+
+from kvindexer.types import Epoch, Seq
+
+_RECENT_DIGESTS: Final = 256
+
+
+class State(Enum):
+    """Whether the source is heard."""
+
+    SYNCING = "syncing"
+    LIVE = "live"
+    STALE = "stale"
+    GONE = "gone"
+
+
+class Signal(Enum):
+    """What moves a source from state to state."""
+
+    SYNCED = "replay or first frame in"
+    NEW_LIFE = "new life"
+    SILENCE = "silent for stale_after_s"
+    LONG_SILENCE = "silent for gone_after_s"
+    HEARD = "heard again"
+
+
+TRANSITIONS: Final[dict[tuple[State, Signal], State]] = {
+    (State.SYNCING, Signal.SYNCED): State.LIVE,
+    (State.SYNCING, Signal.NEW_LIFE): State.SYNCING,
+    (State.SYNCING, Signal.SILENCE): State.STALE,
+    (State.LIVE, Signal.NEW_LIFE): State.SYNCING,
+    (State.LIVE, Signal.SYNCED): State.LIVE,
+    (State.LIVE, Signal.SILENCE): State.STALE,
+    (State.STALE, Signal.SYNCED): State.LIVE,
+    (State.STALE, Signal.NEW_LIFE): State.SYNCING,
+    (State.STALE, Signal.HEARD): State.LIVE,
+    (State.STALE, Signal.LONG_SILENCE): State.GONE,
+    (State.GONE, Signal.SYNCED): State.LIVE,
+    (State.GONE, Signal.NEW_LIFE): State.SYNCING,
+    (State.GONE, Signal.HEARD): State.SYNCING,
+}
+"""The whole table; a pair that is not in it changes nothing."""
+
+
+class Apply(NamedTuple):
+    """Count this payload into the index."""
+
+    seq: Seq
+    payload: bytes
+
+
+class Ask(NamedTuple):
+    """Request a replay of everything from this seq on, inclusive."""
+
+    start: Seq
+
+
+class Withdraw(NamedTuple):
+    """The source's entries are not to be trusted any more; `everything`: also those that outlive an epoch."""
+
+    reason: str
+    everything: bool
+
+
+class Drop(NamedTuple):
+    """A frame has no effect; `reason` is a short fixed word for counters."""
+
+    reason: str
+
+
+Action = Apply | Ask | Withdraw | Drop
+
+
+class Purpose(Enum):
+    """Why a replay runs."""
+
+    SYNC = "sync"  # nothing is known of this life yet
+    CHECK = "check"  # from the last applied seq: proves the life, finds what was lost
+    REBUILD = "rebuild"  # from 0, because holes are open: only if the buffer still reaches back to 0
+
+
+@dataclass(slots=True)
+class _Replay:
+    purpose: Purpose
+    start: int
+    answered: bool = False
+    abandoned: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSettings:
+    """Times in seconds, sizes in bytes; see `Settings` for what each is for."""
+
+    replayable: bool = True
+    held_max_frames: int = 10_000
+    held_max_bytes: int = 64 * 2**20
+    probe_interval_s: float = 5.0
+    stale_after_s: float = 15.0
+    gone_after_s: float = 300.0
+    retry_min_s: float = 0.5
+    retry_max_s: float = 30.0
+
+
+class Stream:
+    """The machine of one source.  Times are of one monotonic clock, in seconds."""
+
+    def __init__(self, settings: StreamSettings) -> None:
+        self._settings = settings
+        self.state = State.SYNCING
+        self.why = "waiting for the first message"
+        self.epoch = Epoch(1)
+        self.last_seq: int | None = None
+        """Newest seq applied in this life."""
+        self.gaps = 0
+        self.replays = 0
+        self.verified_at: float | None = None
+        self.heard_at: float | None = None
+        """Last sign of life: a frame, an answer, a connection."""
+        self.event_at: float | None = None
+        """Last live frame."""
+        self._sound = True
+        self._complete = False
+        self._holes = False
+        self._connected = False
+        self._disconnected_since_last = False
+        self._live_seq: int | None = None
+        self._digests: dict[int, bytes] = {}
+        self._held: dict[int, tuple[bytes, float]] = {}
+        self._held_bytes = 0
+        self._overflowed = False
+        self._replay: _Replay | None = None
+        self._retry_s = settings.retry_min_s
+        self._ask_at: float | None = None
+        self._asked_hole: tuple[int, int] | None = None
+
+    # What an answer says of the source
+
+    @property
+    def sound(self) -> bool:
+        """Nothing is claimed that may be gone."""
+        return self._sound and not self._gap_open
+
+    @property
+    def complete(self) -> bool:
+        """Nothing that is held may be missing."""
+        rebuilding = self._replay is not None and self._replay.purpose is not Purpose.CHECK
+        return self._complete and not self._gap_open and not rebuilding
+
+    @property
+    def _gap_open(self) -> bool:
+        """A hole is known and its replay not through yet."""
+        return bool(self._held) and self.last_seq is not None and min(self._held) > self.last_seq + 1
+
+    def lag_s(self, now: float) -> float:
+        """Age of the oldest frame that was received and not applied."""
+        if not self._held:
+            return 0.0
+        return now - min(received for _, received in self._held.values())
+
+    @property
+    def synced(self) -> bool:
+        """Past its first synchronisation, or known to be unreachable."""
+        return self.state is not State.SYNCING
+
+    # Inputs
+
+    def start(self, now: float) -> list[Action]:
+        """The shell has subscribed; the first replay is asked for as soon as there is a connection."""
+        self.heard_at = now
+        return []
+
+    def frame(self, seq: int, payload: bytes, now: float) -> list[Action]:
+        """A live message."""
+        self.heard_at = self.event_at = now
+        actions: list[Action] = []
+        if self.state is State.GONE:
+            actions += self._begin_anew(Signal.HEARD)
+        elif self.state is State.STALE:
+            self._move(Signal.HEARD, "heard again")
+        digest = xxh3_128_digest(payload)
+        newest, self._live_seq = self._live_seq, seq
+        went_back = newest is not None and seq <= newest
+        if went_back or (self.last_seq is not None and seq <= self.last_seq):
+            known = self._digests.get(seq)
+            if known == digest:
+                self._live_seq = seq if newest is None else max(seq, newest)
+                return [*actions, Drop("duplicate")]
+            if known is None and not went_back:
+                return [*actions, Drop("overlap")]
+            actions += self._new_life("its seq went back")
+            self._live_seq = seq
+            if seq and self._settings.replayable:
+                actions += self._ask(Purpose.SYNC, 0)
+        if self._replay is not None:
+            return actions + self._hold(seq, payload, digest, now)
+        return actions + self._in_order(seq, payload, digest, now)
+
+    def _in_order(self, seq: int, payload: bytes, digest: bytes, now: float) -> list[Action]:
+        if self.last_seq is None:
+            self._complete = seq == 0
+            self._move(Signal.SYNCED, "live" if self._complete else f"joined at seq {seq}")
+        elif seq != self.last_seq + 1:
+            self.gaps += 1
+            if self._settings.replayable:
+                held = self._hold(seq, payload, digest, now)
+                return held + self._ask(Purpose.CHECK, self.last_seq)
+            self._flags_off(f"{seq - self.last_seq - 1} messages lost, no replay endpoint")
+        return [self._apply(seq, payload, digest)]
+
+    def replay_frame(self, seq: int, payload: bytes, now: float) -> list[Action]:
+        """A message of the replay that was asked for."""
+        self.heard_at = now
+        replay = self._replay
+        if replay is None or replay.abandoned:
+            return [Drop("unasked_replay")]
+        if seq < replay.start:
+            return [Drop("unasked_replay")]
+        digest = xxh3_128_digest(payload)
+        actions: list[Action] = []
+        if not replay.answered:
+            replay.answered = True
+            actions = self._first_reply(replay, seq, digest)
+            if replay.abandoned or self._replay is not replay:
+                return actions
+        if self.last_seq is not None and seq <= self.last_seq:
+            return [*actions, Drop("overlap")]
+        if self.last_seq is None or seq == self.last_seq + 1:
+            return [*actions, self._apply(seq, payload, digest)]
+        return actions + self._hold(seq, payload, digest, now)
+
+    def replay_end(self, now: float) -> list[Action]:
+        """The end marker of the replay."""
+        self.heard_at = now
+        replay = self._replay
+        if replay is None:
+            return [Drop("unasked_replay")]
+        self._replay = None
+        self.replays += 1
+        self._retry_s = self._settings.retry_min_s
+        if replay.purpose is Purpose.CHECK and not replay.answered:
+            return self._new_life("replay knows nothing of the last message") + self._ask(Purpose.SYNC, 0)
+        if replay.abandoned:
+            return self._drain(now)
+        self.verified_at = now
+        self._disconnected_since_last = False
+        if replay.purpose is Purpose.SYNC and not replay.answered:
+            self._complete = True
+        if replay.purpose is Purpose.REBUILD:
+            self._holes = False
+        actions = self._drain(now)
+        if self._replay is None:
+            self._move(Signal.SYNCED, self._why_live())
+        return actions
+
+    def replay_failed(self, reason: str, now: float) -> list[Action]:
+        """No answer in time, garbage, or too much of it: go on live, ask again later."""
+        if self._replay is None:
+            return []
+        self._replay = None
+        self._flags_off(f"replay failed: {reason}")
+        self._ask_at = now + self._retry_s
+        self._retry_s = min(2 * self._retry_s, self._settings.retry_max_s)
+        actions = self._drain(now, patient=False)
+        if actions or self._connected:
+            self._move(Signal.SYNCED, self.why)
+        return actions
+
+    def connected(self, now: float) -> list[Action]:
+        """The transport is up (again)."""
+        self.heard_at = now
+        self._connected = True
+        if self.state is State.GONE:
+            return self._begin_anew(Signal.HEARD)
+        if self.state is State.STALE:
+            self._move(Signal.HEARD, "connected again")
+        if self._settings.replayable:
+            return self._check() if self._replay is None else []
+        if self._disconnected_since_last and self.last_seq is not None:
+            self._flags_off("reconnected, no replay endpoint to compare with")
+        return []
+
+    def disconnected(self, now: float) -> list[Action]:
+        """The transport is down: what comes next may be another life."""
+        del now  # the time of the last sign of life stays what it was
+        self._connected = False
+        self._disconnected_since_last = True
+        return []
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed; call about once a second."""
+        if self._connected:
+            self.heard_at = now
+        silent_s = now - (self.heard_at if self.heard_at is not None else now)
+        if silent_s >= self._settings.gone_after_s and self.state is State.STALE:
+            self._move(Signal.LONG_SILENCE, f"silent for {silent_s:.0f} s")
+            self._forget()
+            return [Withdraw("gone", everything=True)]
+        if silent_s >= self._settings.stale_after_s and self.state in {State.SYNCING, State.LIVE}:
+            self._move(Signal.SILENCE, f"silent for {silent_s:.0f} s")
+        if self._replay is not None or not self._settings.replayable or self.state is State.GONE:
+            return []
+        if self._ask_at is not None:
+            if now < self._ask_at:
+                return []
+            self._ask_at = None
+            return self._ask(Purpose.REBUILD, 0) if self._holes else self._check()
+        proof = max(self.verified_at or 0.0, self.event_at or 0.0)
+        if self._connected and now - proof >= self._settings.probe_interval_s:
+            return self._check()
+        return []
+
+    def damaged(self, why: str) -> None:
+        """A payload could not be read, or entries were dropped: what it said is lost."""
+        self._flags_off(why)
+
+    def uncertain(self, why: str) -> None:
+        """Some entries may be gone, nothing is missing."""
+        self._sound = False
+        self.why = why
+
+    def cleared(self) -> None:
+        """The engine's cache is known to be empty: whatever was lost before does not matter any more."""
+        self._sound = self._complete = True
+        self._holes = False
+        self.why = self._why_live()
+
+    # Steps
+
+    def _move(self, signal: Signal, why: str) -> None:
+        following = TRANSITIONS.get((self.state, signal))
+        if following is not None:
+            self.state = following
+            self.why = why
+
+    def _why_live(self) -> str:
+        if self._sound and self._complete:
+            return "live"
+        return "joined late" if self._sound else self.why
+
+    def _flags_off(self, why: str) -> None:
+        self._sound = self._complete = False
+        self._holes = True
+        self.why = why
+
+    def _check(self) -> list[Action]:
+        if self.last_seq is None:
+            return self._ask(Purpose.SYNC, 0)
+        return self._ask(Purpose.CHECK, self.last_seq)
+
+    def _ask(self, purpose: Purpose, start: int) -> list[Action]:
+        self._replay = _Replay(purpose, start)
+        return [Ask(Seq(start))]
+
+    def _apply(self, seq: int, payload: bytes, digest: bytes) -> Apply:
+        self.last_seq = seq
+        self._digests[seq] = digest
+        if len(self._digests) > _RECENT_DIGESTS:
+            del self._digests[next(iter(self._digests))]
+        return Apply(Seq(seq), payload)
+
+    def _hold(self, seq: int, payload: bytes, digest: bytes, now: float) -> list[Action]:
+        known = self._held.get(seq)
+        if known is not None:
+            if xxh3_128_digest(known[0]) == digest:
+                return [Drop("duplicate")]
+            self._held_bytes -= len(known[0])
+        settings = self._settings
+        full = (
+            len(self._held) >= settings.held_max_frames or self._held_bytes + len(payload) > settings.held_max_bytes
+        )
+        if full:
+            self._overflowed = True
+            return [Drop("held_full")]
+        self._held[seq] = (payload, now)
+        self._held_bytes += len(payload)
+        return []
+
+    def _first_reply(self, replay: _Replay, seq: int, digest: bytes) -> list[Action]:
+        match replay.purpose:
+            case Purpose.SYNC:
+                self._complete = seq == 0
+            case Purpose.REBUILD if seq == 0:
+                self.last_seq = None
+                self._digests.clear()
+                self._sound = self._complete = True
+                return [Withdraw("rebuild", everything=False)]
+            case Purpose.REBUILD:
+                replay.abandoned = True
+                self._holes = False  # for good: nobody has what is missing
+            case Purpose.CHECK if seq != self.last_seq:
+                away = ", after a disconnect" if self._disconnected_since_last else ""
+                self._flags_off(f"the replay buffer begins behind the last message{away}")
+                self._holes = False
+                self.gaps += 1
+                self.last_seq = seq - 1
+            case Purpose.CHECK if digest != self._digests.get(seq):
+                return self._new_life("its last message is another one now") + self._ask(Purpose.SYNC, 0)
+            case Purpose.CHECK:
+                pass
+        return []
+
+    def _drain(self, now: float, *, patient: bool = True) -> list[Action]:
+        """Apply held frames in order; at a hole ask again as long as that brings something new."""
+        actions: list[Action] = []
+        for seq in sorted(self._held):
+            payload, _ = self._held[seq]
+            if self.last_seq is not None and seq <= self.last_seq:
+                known = self._digests.get(seq)
+                self._release(seq)
+                if known is not None and known != xxh3_128_digest(payload):
+                    self._held = {seq: (payload, now)}
+                    self._held_bytes = len(payload)
+                    actions += self._new_life("a held message is another one now", keep_held=True)
+                    return actions + (self._ask(Purpose.SYNC, 0) if self._settings.replayable else [])
+                actions.append(Drop("overlap"))
+                continue
+            if self.last_seq is not None and seq > self.last_seq + 1:
+                if patient and self._progress(seq):
+                    return actions + self._ask(Purpose.CHECK, self.last_seq)
+                self.gaps += 1
+                self._flags_off(f"{seq - self.last_seq - 1} messages lost for good before seq {seq}")
+                self._ask_at = now + self._retry_s
+            elif self.last_seq is None:
+                self._complete = self._complete and seq == 0
+            self._release(seq)
+            actions.append(self._apply(seq, payload, xxh3_128_digest(payload)))
+        if self._overflowed and patient and self.last_seq is not None:
+            self._overflowed = False
+            return actions + self._ask(Purpose.CHECK, self.last_seq)
+        return actions
+
+    def _progress(self, seq: int) -> bool:
+        """Whether another replay may fill the hole before `seq`: each hole is asked for at most twice."""
+        hole = (-1 if self.last_seq is None else self.last_seq, seq)
+        again = self._asked_hole == hole
+        self._asked_hole = hole
+        return not again
+
+    def _release(self, seq: int) -> None:
+        payload, _ = self._held.pop(seq)
+        self._held_bytes -= len(payload)
+
+    def _forget(self, *, keep_held: bool = False) -> None:
+        self.last_seq = self._live_seq = None
+        self._digests.clear()
+        if not keep_held:
+            self._held.clear()
+            self._held_bytes = 0
+        self._replay = None
+        self._ask_at = None
+        self._sound, self._complete, self._holes = True, False, False
+
+    def _new_life(self, why: str, *, keep_held: bool = False) -> list[Action]:
+        self._forget(keep_held=keep_held)
+        self.epoch = Epoch(self.epoch + 1)
+        self._move(Signal.NEW_LIFE, why)
+        return [Withdraw("new_life", everything=False)]
+
+    def _begin_anew(self, signal: Signal) -> list[Action]:
+        self._move(signal, "heard again after it was gone")
+        self._forget()
+        return self._ask(Purpose.SYNC, 0) if self._settings.replayable else []
