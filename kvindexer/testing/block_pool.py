@@ -251,4 +251,5 @@ class BlockPool:
             lora_name=scope.lora,
             extra_keys=tuple(scope.extra_keys(i * size, (i + 1) * size) for i in range(start, end)),
             session_id=request.session_id,
+            cache_salt=scope.salt,
         )

@@ -36,6 +36,8 @@ class BlockStored:
     kv_cache_spec_kind: str | None = FULL_ATTENTION
     kv_cache_spec_sliding_window: int | None = None
     session_id: str | None = None
+    cache_salt: str | None = None
+    """Also among the extra keys of block 0; here on every run of a salted prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ class SimulatedFleet:
         self.model = model
         self.engines: list[FakeEngine] = []
         self._pause_s = 0.0 if requests_per_s is None else 1 / requests_per_s
-        self._traffic = traffic or ChatTraffic(seed)
+        self.traffic = traffic or ChatTraffic(seed)
         self._router = router or StickyRouter(seed)
         self._counts: Counter[str] = Counter()
         self._stopping = threading.Event()
@@ -132,6 +132,11 @@ class SimulatedFleet:
         """What the fleet has done so far."""
         return FleetCounters(*(self._counts[name] for name in FleetCounters._fields))
 
+    @property
+    def running(self) -> bool:
+        """Whether traffic flows."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Begin sending traffic."""
         self._thread.start()
@@ -153,7 +158,7 @@ class SimulatedFleet:
         result = self.engines[chosen].run_request(
             request.tokens, max_tokens=request.max_tokens, salt=request.salt, lora=request.lora
         )
-        self._traffic.answered(request, result.output_tokens)
+        self.traffic.answered(request, result.output_tokens)
         self._counts["requests"] += 1
         self._counts["prompt_tokens"] += len(request.tokens)
         self._counts["cached_tokens"] += result.cached_tokens
@@ -164,7 +169,7 @@ class SimulatedFleet:
         due = monotonic()
         try:
             while not self._stopping.wait(max(0.0, due - monotonic())):
-                self.send(self._traffic.next_request())
+                self.send(self.traffic.next_request())
                 due = max(due, monotonic() - 1.0) + self._pause_s
         except Exception as error:  # noqa: BLE001 -- raised by stop()
             self._failure = error

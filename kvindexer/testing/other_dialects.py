@@ -1,7 +1,7 @@
 """Wire formats of engines and stores other than vLLM.
 
 Invariant, as in `dialects`: spelling and omissions only. None of these keeps several copies under one hash on the
-wire, and none of them but SGLang serves a replay.
+wire. Of these publishers only SGLang serves a replay: give the others `replay_endpoint=None`.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Sglang:
             values["block_size"] = event.block_size
             values["lora_id"] = event.lora_id
         values["medium"] = SGLANG_MEDIA[event.medium]
-        if isinstance(event, BlockStored) and (salt := _salt(event)) is not None:
-            values["cache_salt"] = {"cache_salt": salt}
+        if isinstance(event, BlockStored) and event.cache_salt is not None:
+            values["cache_salt"] = {"cache_salt": event.cache_salt}
         return values
 
 
@@ -82,7 +82,7 @@ class MooncakeStore:
     @property
     def traits(self) -> Traits:
         """Set-like."""
-        return Traits("store", set_like=True)
+        return Traits("mooncake", set_like=True)
 
     def wire_hash(self, digest: Digest, medium: str) -> WireHash:  # noqa: ARG002 -- one form for every medium
         """Spell a digest: unsigned."""
@@ -154,11 +154,3 @@ class LlmdFs:
         if isinstance(event, BlockStored):
             return [tag, hashes, NO_PARENT, [], 0, None, self.medium]
         return [tag, hashes, self.medium]
-
-
-def _salt(event: BlockStored) -> str | None:
-    """Return the salt of a run that starts at block 0; it is the last extra key of that block."""
-    if event.base_block_idx or not event.extra_keys or not event.extra_keys[0]:
-        return None
-    keys = [key for key in event.extra_keys[0] if isinstance(key, str)]
-    return next((key for key in reversed(keys) if key != event.lora_name), None)

@@ -74,8 +74,9 @@ class Publisher:
         self._closing = threading.Event()
         self._failure: BaseException | None = None
         self._context = zmq.Context()
-        self._wake_lock = threading.Lock()
+        self._submit_lock = threading.Lock()
         self._wake, self._woken = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        self._wake.sndhwm = self._woken.rcvhwm = 0
         self._wake.bind("inproc://wake")
         self._woken.connect("inproc://wake")
         self._pub: zmq.Socket[bytes] | None = None
@@ -108,19 +109,21 @@ class Publisher:
 
     def close(self) -> None:
         """Send what was handed over, close the sockets, end the thread. May be called twice."""
-        if not self._stop.is_set():
-            self._commands.put(self._stop.set)
-            self._ring()
         self._closing.set()
+        with self._submit_lock:
+            if not self._stop.is_set():
+                self._commands.put(self._stop.set)
+                self._wake.send(b"")
         self._thread.join(JOIN_TIMEOUT_S)
         if self._failure is not None:
             raise RuntimeError(f"{self.endpoint}: the publisher thread failed") from self._failure
 
     def _submit(self, command: Callable[[], None]) -> None:
-        if self._stop.is_set() or self._failure is not None:
-            raise RuntimeError(f"{self.endpoint}: the publisher is closed") from self._failure
-        self._commands.put(command)
-        self._ring()
+        with self._submit_lock:
+            if self._stop.is_set():
+                raise RuntimeError(f"{self.endpoint}: the publisher is closed") from self._failure
+            self._commands.put(command)
+            self._wake.send(b"")
 
     def _wait(self, command: Callable[[], None]) -> None:
         done: Future[None] = Future()
@@ -135,11 +138,6 @@ class Publisher:
 
         self._submit(run)
         done.result()
-
-    def _ring(self) -> None:
-        with self._wake_lock:
-            if not self._wake.closed:
-                self._wake.send(b"")
 
     # -- everything below runs in the thread, but for the first _open ------------------------------------------------
 
@@ -186,10 +184,11 @@ class Publisher:
         except BaseException as error:  # noqa: BLE001 -- raised to the next caller
             self._failure = error
         finally:
-            self._stop.set()
+            with self._submit_lock:
+                self._stop.set()
+            self._obey()  # what was handed over before that; nothing comes after
             self._close(linger_ms=CLOSE_LINGER_MS)
-            with self._wake_lock:
-                self._wake.close(linger=0)
+            self._wake.close(linger=0)
             self._woken.close(linger=0)
             self._context.term()
 
@@ -201,10 +200,14 @@ class Publisher:
         ready = dict(poller.poll())
         if self._pub in ready:
             self._read_subscription()
+        while self._woken.poll(0):
+            self._woken.recv()
+        self._obey()  # before any answer: who asks after publish() returned must find the message in the buffer
         if self._replay in ready:
             self._answer()
-        if self._woken in ready:
-            self._woken.recv()
+
+    def _obey(self) -> None:
+        while not self._commands.empty():
             self._commands.get()()
 
     def _read_subscription(self) -> None:
