@@ -43,7 +43,12 @@ class PoolShape:
 
 
 class FakeEngine:
-    """One engine process (or one data-parallel rank of one): cache, publisher, replay."""
+    """One engine process (or one data-parallel rank of one): cache, publisher, replay.
+
+    `endpoint` and `replay_endpoint` are bound; port 0 lets the system choose. With `connect` the publisher dials
+    `endpoint` instead. `replay_hwm` is the replay socket's high-water mark: 0 is none, vLLM below 0.33 has 1000 and
+    silently drops what a slow reader leaves behind that.
+    """
 
     def __init__(
         self,
