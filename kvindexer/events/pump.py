@@ -64,7 +64,7 @@ class Pumps:
             pump, since = self._ready.popitem(last=False)
             try:
                 more = pump.pump(MESSAGES_A_TURN)
-            except Exception:
+            except Exception:  # noqa: BLE001 - one bad source must not stop the others; it is logged
                 _log.exception("a message could not be processed; going on with the next one")
                 more = True
             if more:

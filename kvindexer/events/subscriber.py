@@ -240,7 +240,7 @@ class Subscriber:
             for subscription in list(self._subscriptions.values()):
                 try:
                     subscription.tick(now)
-                except Exception:
+                except Exception:  # noqa: BLE001 - one bad source must not stop the others; it is logged
                     _log.exception("source %s: a tick failed", subscription.source)
 
     async def close(self) -> None:
