@@ -50,8 +50,7 @@ def local_hashes(tokens: bytes, block_size: int, extras: Mapping[int, bytes] | N
     if not extras:
         return [xxh3_64_intdigest(tokens[end - width : end], SEED) for end in ends]
     return [
-        xxh3_64_intdigest(tokens[end - width : end] + extras.get(block, b""), SEED)
-        for block, end in enumerate(ends)
+        xxh3_64_intdigest(tokens[end - width : end] + extras.get(block, b""), SEED) for block, end in enumerate(ends)
     ]
 
 

@@ -20,6 +20,9 @@ _pack_header = Struct("<BI").pack
 _pack_offset = Struct("<q").pack
 
 
+_OFFSET_LIMIT = 2**63
+
+
 class _Tag(IntEnum):
     LORA_NAME = 1
     LORA_ID = 2  # vLLM below 0.14 names no adapter: never equal to any query's extras
@@ -43,6 +46,8 @@ def _item(tag: _Tag, payload: bytes) -> bytes:
 
 def _multimodal(identity: str, offset: int) -> bytes:
     """An item and where it begins, relative to the block's first token (negative: in a block before)."""
+    if not -_OFFSET_LIMIT <= offset < _OFFSET_LIMIT:
+        raise ValueError("multimodal offset outside 64 bits")
     return _item(_Tag.MULTIMODAL, _pack_offset(offset) + identity.encode())
 
 
@@ -61,7 +66,7 @@ def event_extras(keys: Sequence[object] | None, lora: str | None, lora_part: byt
     `lora_part` comes from `lora_extras`; `first` says whether the block begins its prompt.  The LoRA name stands
     among the keys once more: its first occurrence is left out, so that a salt of the same text survives.  A bare
     string is a salt if it is the last one in a prompt's first block, otherwise it may be anything.  Raises
-    ValueError for a key of a type that no version sends.
+    ValueError for a key of a type, or with an offset, that no version sends.
     """
     if not keys:
         return lora_part
