@@ -99,7 +99,9 @@ class _Batch(Struct, array_like=True, gc=False):
     data_parallel_rank: Annotated[int, Meta(ge=0, le=_MAX_RANK)] | None = None
 
 
-class _StoredMap(Struct, tag_field="type", tag="BlockStored", gc=False):
+class _StoredFields(Struct, gc=False):
+    """vLLM's fields in vLLM's order of positions, as far as they matter here."""
+
     block_hashes: list[_Hash]
     parent_block_hash: _Hash | None = None
     token_ids: list[int] | None = None
@@ -113,7 +115,11 @@ class _StoredMap(Struct, tag_field="type", tag="BlockStored", gc=False):
     kv_cache_spec_sliding_window: int | None = None
     locality: _Name | None = None
     ownership: _Name | None = None
-    cache_salt: Any = None  # SGLang
+
+
+class _StoredMap(_StoredFields, tag_field="type", tag="BlockStored", gc=False):
+    cache_salt: Any = None
+    """SGLang's; in maps only, for the position behind `ownership` is vLLM's session."""
 
 
 class _RemovedMap(Struct, tag_field="type", tag="BlockRemoved", gc=False):
@@ -128,8 +134,8 @@ class _ClearedMap(Struct, tag_field="type", tag="AllBlocksCleared", gc=False):
     medium: _Name | None = None
 
 
-class _StoredArray(_StoredMap, array_like=True, tag="BlockStored", gc=False):
-    """The same fields; their order above is vLLM's order of positions."""
+class _StoredArray(_StoredFields, array_like=True, tag="BlockStored", gc=False):
+    """The same fields, by position."""
 
 
 class _RemovedArray(_RemovedMap, array_like=True, tag="BlockRemoved", gc=False):
@@ -181,7 +187,7 @@ _decode_tagged = msgspec.msgpack.Decoder(_StoredMap | _RemovedMap | _ClearedMap)
 _decode_array = msgspec.msgpack.Decoder(_StoredArray | _RemovedArray | _ClearedArray).decode
 _decode_sglang = msgspec.msgpack.Decoder(_SglangStoredArray | _SglangRemovedArray | _ClearedArray).decode
 _decode_rfc1527 = msgspec.msgpack.Decoder(_Rfc1527).decode
-_decode_tag = msgspec.msgpack.Decoder(dict[str, Any] | list[Any]).decode
+_decode_tag = msgspec.msgpack.Decoder(dict[str, Any] | list[Any] | bytes).decode
 
 _FORMS: Final = {
     **dict.fromkeys([*range(0x80, 0x90), 0xDE, 0xDF], "map"),
@@ -232,12 +238,14 @@ def _decode_event(raw: Raw | bytes, dialect: SourceType, depth: int) -> Event:
     raise WireError("bad_event")
 
 
-def _why_unreadable(raw: Raw) -> str:
+def _why_unreadable(raw: Raw | bytes, depth: int = 0) -> str:
     """Whether an event has a tag that we do not know, or is broken."""
     try:
         value = _decode_tag(raw)
     except _UNREADABLE:
         return "bad_event"
+    if isinstance(value, bytes):
+        return _why_unreadable(value, depth + 1) if depth < _MAX_DEPTH else "bad_event"
     tag = value.get("type", value.get("event_type")) if isinstance(value, dict) else value[0] if value else None
     return "unknown_event" if isinstance(tag, str) and tag not in _TAGS else "bad_event"
 
@@ -269,14 +277,17 @@ def _from_wire(event: _StoredMap | _RemovedMap | _ClearedMap | _StoredArray | _R
         return BlockRemoved(
             _hashes(event.block_hashes), event.medium, event.group_idx or 0, event.locality, event.ownership
         )
-    if not isinstance(event, _StoredMap):
+    if isinstance(event, _ClearedMap):
+        return AllBlocksCleared(event.medium)
+    if isinstance(event, _ClearedArray):
         return AllBlocksCleared()
+    parent = _parent(event.parent_block_hash)
     extra_keys = event.extra_keys
-    if event.cache_salt is not None:
-        extra_keys = _salted(event.cache_salt, len(event.block_hashes), event.parent_block_hash)
+    if isinstance(event, _StoredMap) and event.cache_salt is not None:
+        extra_keys = _salted(event.cache_salt, len(event.block_hashes), parent)
     return BlockStored(
         _hashes(event.block_hashes),
-        _parent(event.parent_block_hash),
+        parent,
         event.token_ids or [],
         event.block_size or 0,
         event.lora_id,
@@ -291,14 +302,14 @@ def _from_wire(event: _StoredMap | _RemovedMap | _ClearedMap | _StoredArray | _R
     )
 
 
-def _salted(salt: object, blocks: int, parent: _Hash | None) -> list[Any] | None:
+def _salted(salt: object, blocks: int, parent: int | None) -> list[Any] | None:
     """SGLang's salt as extra keys of a prompt's first block.
 
     A salt that is no plain text is kept as opaque bytes: such a block matches nobody who does not know them.
     """
     if isinstance(salt, dict):
         salt = salt.get("cache_salt", salt or None)
-    if salt is None or parent:
+    if salt is None or parent is not None or not blocks:
         return None
     key = salt if isinstance(salt, str) else msgspec.msgpack.encode(salt)
     return [[key]] + [None] * (blocks - 1)
@@ -309,15 +320,16 @@ def _from_sglang(event: _SglangStoredArray | _SglangRemovedArray | _ClearedArray
         return BlockRemoved(_hashes(event.block_hashes), event.medium)
     if isinstance(event, _ClearedArray):
         return AllBlocksCleared()
+    parent = _parent(event.parent_block_hash)
     salts = (field for field in (event.field_7, event.field_8, event.field_9) if isinstance(field, dict))
     return BlockStored(
         _hashes(event.block_hashes),
-        _parent(event.parent_block_hash),
+        parent,
         event.token_ids or [],
         event.block_size or 0,
         event.lora_id,
         medium=event.medium,
-        extra_keys=_salted(next(salts, None), len(event.block_hashes), event.parent_block_hash),
+        extra_keys=_salted(next(salts, None), len(event.block_hashes), parent),
     )
 
 
