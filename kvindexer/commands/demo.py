@@ -76,18 +76,16 @@ class Rates:
 
 
 def overview(answer: Mapping[str, Any], rates: Mapping[str, float]) -> Group:
-    """Make the table of all sources."""
+    """Make the table of all sources, for a terminal of 80 columns."""
     made = table(
-        ("instance", "rank", *STATE_COLUMNS, *TIER_COLUMNS, "seq", "lag ms", "gaps", "replays"),
-        words=("instance", *STATE_COLUMNS),
+        ("instance", *STATE_COLUMNS, *TIER_COLUMNS, "seq", "lag ms", "gaps"), words=("instance", *STATE_COLUMNS)
     )
     for row in answer["sources"]:
         made.add_row(
-            cell(row["instance"]),
-            cell(row["rank"]),
+            cell(f"{row['instance']} rank {row['rank']}" if row["rank"] else row["instance"]),
             *state_cells(row),
             *tier_cells(row["blocks"]),
-            *(cell(row[name]) for name in ("seq", "lag_ms", "gaps", "replays")),
+            *(cell(row[name]) for name in ("seq", "lag_ms", "gaps")),
         )
     totals = answer["totals"]
     line = (

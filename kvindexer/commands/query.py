@@ -48,9 +48,9 @@ def run(options: Namespace) -> int:
 
 
 def matches_table(matches: list[dict[str, Any]]) -> Table:
-    """Make a row of each match, in the order of the answer: best first."""
+    """Make a row of each match, in the order of the answer: best first.  Lengths are in tokens."""
     made = table(
-        ("instance", "matched tokens", "cached tokens", *TIER_COLUMNS, *STATE_COLUMNS, "lag ms"),
+        ("instance", "matched", "cached", *TIER_COLUMNS, *STATE_COLUMNS, "lag ms"),
         words=("instance", *STATE_COLUMNS),
     )
     for match in matches:

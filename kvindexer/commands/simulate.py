@@ -26,6 +26,7 @@ SYSTEM_TOKENS: Final = 64
 EXAMPLE_TOKENS: Final = 96
 MAX_PROMPT_TOKENS: Final = 2048
 REGISTER_WITHIN_S: Final = 30.0
+MAX_PORT: Final = 65535
 MAX_LAG_S: Final = 1.0
 """Requests that are later than this are given up, so that a pause isn't followed by a burst."""
 
@@ -118,6 +119,10 @@ def _traffic(options: Namespace) -> Traffic:
 
 
 def _fleet(options: Namespace, traffic: Traffic) -> SimulatedFleet:
+    if options.first_port and options.first_port + 2 * options.engines > MAX_PORT + 1:  # ZMQ would wrap it round
+        raise CommandError(
+            f"--first-port {options.first_port} leaves no room for {options.engines} engines", exit_code=2
+        )
     pool = PoolShape(num_blocks=options.blocks, block_size=options.block_size, cpu_blocks=options.cpu_blocks)
     router = None if options.route is None else PrefixRouter(options.route, options.model, options.seed)
     try:

@@ -43,11 +43,17 @@ def cell(value: object, style: str = "") -> Text:
 
 
 def table(columns: Iterable[str], *, words: Iterable[str] = ()) -> Table:
-    """Return an empty table; all columns but `words` hold numbers."""
+    """Return an empty table; all columns but `words` hold numbers.  Where it gets narrow, the first column folds."""
     left = set(words)
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        made.add_column(name, justify="left" if name in left else "right")
+    made = Table(box=box.SIMPLE_HEAD, padding=0)
+    for place, name in enumerate(columns):
+        made.add_column(
+            name,
+            justify="left" if name in left else "right",
+            min_width=len(name),
+            no_wrap=place > 0,
+            overflow="ellipsis" if place > 0 else "fold",
+        )
     return made
 
 
