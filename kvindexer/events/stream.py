@@ -116,6 +116,8 @@ class _Replay:
     start: int
     answered: bool = False
     abandoned: bool = False
+    from_zero: bool = False
+    """Its first reply was the first message of the life."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +176,7 @@ class Stream:
     @property
     def complete(self) -> bool:
         """Nothing that is held may be missing."""
-        rebuilding = self._replay is not None and self._replay.purpose is not Purpose.CHECK
-        return self._complete and not self._gap_open and not rebuilding
+        return self._complete and not self._gap_open
 
     @property
     def _gap_open(self) -> bool:
@@ -227,16 +228,27 @@ class Stream:
         return actions + self._in_order(seq, payload, digest, now)
 
     def _in_order(self, seq: int, payload: bytes, digest: bytes, now: float) -> list[Action]:
-        if self.last_seq is None:
-            self._complete = seq == 0
-            self._move(Signal.SYNCED, "live" if self._complete else f"joined at seq {seq}")
-        elif seq != self.last_seq + 1:
-            self.gaps += 1
+        if seq != self._expected:
+            self.gaps += self.last_seq is not None
             if self._settings.replayable:
-                held = self._hold(seq, payload, digest, now)
-                return held + self._ask(Purpose.CHECK, self.last_seq)
-            self._flags_off(f"{seq - self.last_seq - 1} messages lost, no replay endpoint")
+                return self._hold(seq, payload, digest, now) + self._check()
+            self._joined_or_lost(seq)
+        elif self.last_seq is None:
+            self._complete = True
+        self._move(Signal.SYNCED, self._why_live())
         return [self._apply(seq, payload, digest)]
+
+    @property
+    def _expected(self) -> int:
+        return 0 if self.last_seq is None else self.last_seq + 1
+
+    def _joined_or_lost(self, seq: int) -> None:
+        """Messages before this one will not come any more."""
+        if self.last_seq is None:
+            self._complete = False
+            self.why = f"joined at seq {seq}"
+        else:
+            self._flags_off(f"{seq - self.last_seq - 1} messages lost before seq {seq}")
 
     def replay_frame(self, seq: int, payload: bytes, now: float) -> list[Action]:
         """A message of the replay that was asked for."""
@@ -268,16 +280,15 @@ class Stream:
         self._replay = None
         self.replays += 1
         self._retry_s = self._settings.retry_min_s
-        if replay.purpose is Purpose.CHECK and not replay.answered:
-            return self._new_life("replay knows nothing of the last message") + self._ask(Purpose.SYNC, 0)
+        if not replay.answered and self.last_seq is not None:
+            return self._new_life("the replay knows nothing of its last message") + self._ask(Purpose.SYNC, 0)
         if replay.abandoned:
             return self._drain(now)
         self.verified_at = now
         self._disconnected_since_last = False
-        if replay.purpose is Purpose.SYNC and not replay.answered:
-            self._complete = True
-        if replay.purpose is Purpose.REBUILD:
-            self._holes = False
+        if replay.purpose is not Purpose.CHECK:
+            self._sound, self._holes = True, False
+            self._complete = replay.from_zero or not replay.answered
         actions = self._drain(now)
         if self._replay is None:
             self._move(Signal.SYNCED, self._why_live())
@@ -315,7 +326,12 @@ class Stream:
         del now  # the time of the last sign of life stays what it was
         self._connected = False
         self._disconnected_since_last = True
-        return []
+        if not self._settings.replayable:
+            return []
+        # what is held may be of a life that is over; if it is not, the next replay has it
+        dropped = [Drop("disconnected") for _ in self._held]
+        self._clear_held()
+        return list(dropped)
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed; call about once a second."""
@@ -334,7 +350,7 @@ class Stream:
             if now < self._ask_at:
                 return []
             self._ask_at = None
-            return self._ask(Purpose.REBUILD, 0) if self._holes else self._check()
+            return self._ask(Purpose.REBUILD, 0) if self._holes and self.last_seq is not None else self._check()
         proof = max(self.verified_at or 0.0, self.event_at or 0.0)
         if self._connected and now - proof >= self._settings.probe_interval_s:
             return self._check()
@@ -366,7 +382,7 @@ class Stream:
     def _why_live(self) -> str:
         if self._sound and self._complete:
             return "live"
-        return "joined late" if self._sound else self.why
+        return self.why
 
     def _flags_off(self, why: str) -> None:
         self._sound = self._complete = False
@@ -409,11 +425,13 @@ class Stream:
     def _first_reply(self, replay: _Replay, seq: int, digest: bytes) -> list[Action]:
         match replay.purpose:
             case Purpose.SYNC:
-                self._complete = seq == 0
+                replay.from_zero = seq == 0
+                if seq:
+                    self.why = f"joined late: the replay buffer begins at seq {seq}"
             case Purpose.REBUILD if seq == 0:
+                replay.from_zero = True
                 self.last_seq = None
                 self._digests.clear()
-                self._sound = self._complete = True
                 return [Withdraw("rebuild", everything=False)]
             case Purpose.REBUILD:
                 replay.abandoned = True
@@ -445,24 +463,24 @@ class Stream:
                     return actions + (self._ask(Purpose.SYNC, 0) if self._settings.replayable else [])
                 actions.append(Drop("overlap"))
                 continue
-            if self.last_seq is not None and seq > self.last_seq + 1:
+            if seq > self._expected:
                 if patient and self._progress(seq):
-                    return actions + self._ask(Purpose.CHECK, self.last_seq)
-                self.gaps += 1
-                self._flags_off(f"{seq - self.last_seq - 1} messages lost for good before seq {seq}")
+                    return actions + self._check()
+                self.gaps += self.last_seq is not None
+                self._joined_or_lost(seq)
                 self._ask_at = now + self._retry_s
             elif self.last_seq is None:
-                self._complete = self._complete and seq == 0
+                self._complete = True
             self._release(seq)
             actions.append(self._apply(seq, payload, xxh3_128_digest(payload)))
-        if self._overflowed and patient and self.last_seq is not None:
+        if self._overflowed and patient:
             self._overflowed = False
-            return actions + self._ask(Purpose.CHECK, self.last_seq)
+            return actions + self._check()
         return actions
 
     def _progress(self, seq: int) -> bool:
         """Whether another replay may fill the hole before `seq`: each hole is asked for at most twice."""
-        hole = (-1 if self.last_seq is None else self.last_seq, seq)
+        hole = (self._expected, seq)
         again = self._asked_hole == hole
         self._asked_hole = hole
         return not again
@@ -471,12 +489,15 @@ class Stream:
         payload, _ = self._held.pop(seq)
         self._held_bytes -= len(payload)
 
+    def _clear_held(self) -> None:
+        self._held.clear()
+        self._held_bytes = 0
+
     def _forget(self, *, keep_held: bool = False) -> None:
         self.last_seq = self._live_seq = None
         self._digests.clear()
         if not keep_held:
-            self._held.clear()
-            self._held_bytes = 0
+            self._clear_held()
         self._replay = None
         self._ask_at = None
         self._sound, self._complete, self._holes = True, False, False
