@@ -106,6 +106,7 @@ def _query(made: ArgumentParser) -> None:
     made.add_argument("--url", default=DEFAULT_URL, help="of the service (%(default)s)")
     made.add_argument("--model", required=True, help="as it was registered")
     made.add_argument("--block-size", type=_count, metavar="TOKENS", help="look at this block size only")
+    made.add_argument("--tenant", metavar="NAME", help="whose blocks to look at (else: default)")
     made.add_argument("--lora", metavar="NAME", help="LoRA adapter of the request")
     made.add_argument("--cache-salt", metavar="SALT", help="cache salt of the request")
     made.add_argument("--candidate", action="append", metavar="INSTANCE", help="ask about these only, repeatable")

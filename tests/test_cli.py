@@ -22,6 +22,7 @@ import zmq
 
 from kvindexer.cli import COMMANDS, parser
 from kvindexer.commands.demo import Rates
+from kvindexer.commands.query import REASONS
 from kvindexer.commands.serve import overrides
 from kvindexer.errors import SettingsError
 from kvindexer.source_settings import parse_source
@@ -39,7 +40,12 @@ MATCH = {
     "block_size": 16,
     "matched_tokens": 48,
     "cached_tokens": 32,
-    "tiers": {"gpu": 16, "cpu": 48, "disk": 0, "remote": 0},
+    "tiers": {
+        "gpu": {"tokens": 16, "cumulative_tokens": 16},
+        "cpu": {"tokens": 0, "cumulative_tokens": 48},
+        "disk": {"tokens": 0, "cumulative_tokens": 48},
+        "remote": {"tokens": 0, "cumulative_tokens": 48},
+    },
     "ranks": {"0": 48},
     "state": "live",
     "sound": True,
@@ -133,7 +139,7 @@ class Stub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self._thread = threading.Thread(target=self.server.serve_forever)
+        self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self._thread.start()
 
     def close(self) -> None:
@@ -266,6 +272,8 @@ def test_a_query_shows_a_table(stub: Stub, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.json"
     tokens.write_text(json.dumps(list(range(64))), encoding="utf-8")
     options = [
+        "--tenant",
+        "t",
         "--lora",
         "l",
         "--cache-salt",
@@ -282,13 +290,14 @@ def test_a_query_shows_a_table(stub: Stub, tmp_path: Path) -> None:
     assert stub.asked[0][1] == {
         "model": "m",
         "tokens": list(range(64)),
+        "tenant": "t",
         "block_size": 16,
         "lora": "l",
         "cache_salt": "s",
         "candidates": ["pod-a", "10.0.0.9"],
     }
     row = next(line for line in out.splitlines() if "pod-a" in line)
-    assert row.split() == ["pod-a", "48", "32", "16", "48", "0", "0", "live", "yes", "no", "1.5"]
+    assert row.split() == ["pod-a", "48", "32", "16", "48", "48", "48", "live", "yes", "no", "1.5"]
     assert "Unknown candidates: 10.0.0.9" in out
 
 
@@ -298,11 +307,12 @@ def test_a_query_prints_the_answer_itself_on_request(stub: Stub) -> None:
     assert json.loads(out) == ANSWER
 
 
-def test_a_query_without_a_match_says_so(stub: Stub) -> None:
-    stub.answer = json.dumps({**ANSWER, "matches": []}).encode()
+@pytest.mark.parametrize("reason", [*REASONS, "a_new_one"])
+def test_a_query_without_a_match_says_why(stub: Stub, reason: str) -> None:
+    stub.answer = json.dumps({**ANSWER, "matches": [], "reason": reason}).encode()
     code, out, _ = run("query", "--url", stub.url, "--model", "m", stdin="1")
     assert code == 0
-    assert "No instance holds the first block" in out
+    assert "Nothing matched: " in out
 
 
 def test_names_from_the_service_are_shown_as_plain_text(stub: Stub) -> None:
@@ -525,7 +535,7 @@ def test_the_demo_prints_a_query_that_finds_blocks_and_leaves_nothing_behind(
     url, body = curl_body(demo)
     code, out, _ = run("query", "--url", url, "--model", body["model"], "--json", stdin=json.dumps(body["tokens"]))
     assert code == 0
-    assert json.loads(out)["matches"][0]["matched_tokens"] >= 16
+    assert json.loads(out)["matches"][0]["matched_tokens"] >= 64
     while "4 sources" not in (line := demo.line()):
         assert line
     family = children(demo.process.pid)

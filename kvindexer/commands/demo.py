@@ -140,9 +140,10 @@ def _held_example(url: str, file: Path) -> str | None:
     """Return the query that the fleet wrote down, once the service has heard of its blocks."""
     try:
         text = file.read_text(encoding="utf-8").strip()
-        return text if call(url, "/v1/match", json.loads(text), timeout_s=POLL_TIMEOUT_S)["matches"] else None
+        matches = call(url, "/v1/match", json.loads(text), timeout_s=POLL_TIMEOUT_S)["matches"]
     except (OSError, CommandError):
         return None
+    return text if any(match["matched_tokens"] for match in matches) else None
 
 
 def _explain(out: Console, url: str, example: str) -> None:

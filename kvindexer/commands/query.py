@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+REASONS: Final = {
+    "shorter_than_a_block": "Nothing matched: the prompt is shorter than one block.",
+    "no_instance": "Nothing matched: no instance of this model is registered.",
+    "no_known_candidate": "Nothing matched: none of the candidates is an instance of this model.",
+    "nothing_held": "Nothing matched: no instance holds the first block of this prompt.",
+    "filtered_by_require": "Nothing matched: those who hold a part of the prompt don't meet what is required.",
+}
 MAX_TOKEN: Final = 2**32 - 1
 _SEPARATORS = re.compile(r"[\s,]+")
 
@@ -25,6 +32,7 @@ def run(options: Namespace) -> int:
     """Ask and print."""
     body: dict[str, Any] = {"model": options.model, "tokens": read_tokens(options.file)}
     choices = {
+        "tenant": options.tenant,
         "block_size": options.block_size,
         "lora": options.lora,
         "cache_salt": options.cache_salt,
@@ -39,7 +47,10 @@ def run(options: Namespace) -> int:
     try:
         matches = answer["matches"]
         out.print(cell(f"{answer['tokens']} tokens, {answer['blocks']} full blocks, model {answer['model']}"))
-        out.print(matches_table(matches) if matches else "No instance holds the first block of this prompt.")
+        if matches:
+            out.print(matches_table(matches))
+        if reason := answer.get("reason"):
+            out.print(cell(REASONS.get(reason, f"Nothing matched: {reason}.")))
         if unknown := answer.get("unknown_candidates"):
             out.print(cell(f"Unknown candidates: {', '.join(map(str, unknown))}"))
     except (LookupError, TypeError, AttributeError):
@@ -48,9 +59,13 @@ def run(options: Namespace) -> int:
 
 
 def matches_table(matches: list[dict[str, Any]]) -> Table:
-    """Make a row of each match, in the order of the answer: best first.  Lengths are in tokens."""
+    """Make a row of each match, in the order of the answer: best first.
+
+    Lengths are in tokens, those of a tier together with the nearer ones.
+    """
+    nearest, *further = TIER_COLUMNS
     made = table(
-        ("instance", "matched", "cached", *TIER_COLUMNS, *STATE_COLUMNS, "lag ms"),
+        ("instance", "matched", "cached", nearest, *(f"+{tier}" for tier in further), *STATE_COLUMNS, "lag ms"),
         words=("instance", *STATE_COLUMNS),
     )
     for match in matches:
@@ -58,7 +73,7 @@ def matches_table(matches: list[dict[str, Any]]) -> Table:
             cell(match["instance"]),
             cell(match["matched_tokens"]),
             cell(match["cached_tokens"]),
-            *tier_cells(match["tiers"]),
+            *tier_cells({tier: held["cumulative_tokens"] for tier, held in match["tiers"].items()}),
             *state_cells(match),
             cell(match.get("lag_ms")),
         )

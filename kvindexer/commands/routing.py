@@ -26,7 +26,12 @@ class PrefixRouter:
 
     def __call__(self, request: TrafficRequest, engines: int) -> int:
         """Pick an engine by its number, which is also the end of its instance's name."""
-        body = {"model": self._model, "tokens": request.tokens, "lora": request.lora, "cache_salt": request.salt}
+        named = {"lora": request.lora, "cache_salt": request.salt}
+        body = {
+            "model": self._model,
+            "tokens": request.tokens,
+            **{name: text for name, text in named.items() if text},
+        }
         try:
             matches: list[dict[str, Any]] = call(self._url, "/v1/match", body, timeout_s=1.0)["matches"]
         except CommandError:
