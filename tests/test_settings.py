@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from kvindexer.errors import SettingsError
 from kvindexer.settings import Settings, load_settings, markdown_table
-from kvindexer.source_settings import parse_source
+from kvindexer.source_settings import ALIASES, parse_source
 from kvindexer.types import SourceSpec
 
 ROOT = Path(__file__).parent.parent
@@ -257,6 +258,22 @@ def test_whatever_the_values_only_a_settings_error_escapes(overrides: dict[str, 
 def test_whatever_the_text_of_a_source_only_a_settings_error_escapes(text: str) -> None:
     with pytest.raises(SettingsError):
         parse_source(text)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/settings.md"])
+def test_the_examples_of_the_documentation_can_be_used(page: str, tmp_path: Path) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert load_settings(write(tmp_path, example), {}, {}).sources
+    for flag in re.findall(r"--source (\S+,\S+)", text):
+        parse_source(flag)
+
+
+def test_every_field_of_a_source_is_documented() -> None:
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    table = text[text.index("## Sources") :]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(SourceSpec.__dataclass_fields__)
+    assert all(f"`{alias}`" in table for alias in ALIASES)
 
 
 def test_the_documented_table_is_what_the_code_says() -> None:
