@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from benchmarks import messages, throughput
 from benchmarks.arena import Arena, Running
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from benchmarks.arena import Asked
     from benchmarks.services import Contender
 
+T = TypeVar("T")
+
 RATE: Final = 86_000
 """Blocks a second when paced."""
 SETTLE_S: Final = 1.0
@@ -29,20 +31,26 @@ SETTLE_S: Final = 1.0
 class Effort:
     """How long to measure."""
 
-    ingest_rounds: int = 2
-    rounds: int = 5
+    ingest_rounds: int = 4
+    rounds: int = 9
     requests: int = 1000
-    wrk_s: int = 3
-    probes: int = 200
-    busy_rounds: int = 3
+    wrk_s: int = 2
+    probes: int = 120
+    busy_rounds: int = 4
     busy_s: float = 4.0
+
+
+def turns(of: Sequence[T], turn: int) -> Sequence[T]:
+    """Reverse the order in every other round: who comes first has no advantage."""
+    return of[:: -1 if turn % 2 else 1]
 
 
 def ingest(arena: Arena, contenders: Sequence[Contender], effort: Effort) -> None:
     """Fill fresh services, paced and all at once: blocks per CPU second and per second, memory afterwards."""
-    for _ in range(effort.ingest_rounds):
-        for kind, rate in (("paced", RATE), ("burst", 0)):
-            for contender in contenders:
+    for turn in range(effort.ingest_rounds):
+        # Paced filling takes its time and varies less: every other round will do.
+        for kind, rate in (("paced", RATE), ("burst", 0))[turn % 2 :]:
+            for contender in turns(contenders, turn // 2 if rate else turn):
                 with Running(contender, arena.workload.scale.engines) as running:
                     _fill(arena, running, kind, rate)
 
@@ -84,13 +92,13 @@ def _ask(arena: Arena, running: Running, asked: Sequence[Asked], count: int, unt
 
 def query(arena: Arena, running: Sequence[Running], effort: Effort) -> None:
     """Measure latency on one connection, CPU per request, and CPU with nothing to do."""
-    for _ in range(effort.rounds):
-        for one in running:
+    for turn in range(effort.rounds):
+        for one in turns(running, turn):
             cpu = one.service.cpu_s()
             time.sleep(SETTLE_S)
             arena.results.add("idle cpu", one.name, (one.service.cpu_s() - cpu) / SETTLE_S * 1e3)
         for route in (BY_HASH, BY_TOKENS):
-            for one in running:
+            for one in turns(running, turn):
                 cpu = one.service.cpu_s()
                 times = _ask(arena, one, arena.shared[route], effort.requests)
                 cpu = one.service.cpu_s() - cpu
@@ -102,10 +110,10 @@ def query(arena: Arena, running: Sequence[Running], effort: Effort) -> None:
 
 def throughputs(arena: Arena, running: Sequence[Running], effort: Effort) -> None:
     """Measure requests per second over eight connections; an answer's length stands for the checked answer."""
-    for _ in range(effort.rounds):
+    for turn in range(effort.rounds):
         for route, asked in arena.shared.items():
             bodies = [ask.body for ask in asked]
-            for one in running:
+            for one in turns(running, turn):
                 with one.connect() as connection:
                     answers = [connection.ask(ask.request) for ask in asked]
                 arena.check(one.name, answers, asked)
@@ -117,10 +125,10 @@ def throughputs(arena: Arena, running: Sequence[Running], effort: Effort) -> Non
 def freshness(arena: Arena, running: Sequence[Running], effort: Effort) -> None:
     """Publish one block, ask until it is there."""
     engines = arena.workload.scale.engines
-    for _ in range(effort.rounds):
+    for turn in range(effort.rounds):
         made = [arena.block([i % engines]) for i in range(effort.probes)]
         path = arena.steps([message for content, _ in made for message in content])
-        for one in running:
+        for one in turns(running, turn):
             times: list[float] = []
             answers: list[bytes] = []
             one.fleet.load(path)
@@ -143,11 +151,12 @@ def freshness(arena: Arena, running: Sequence[Running], effort: Effort) -> None:
 def busy(arena: Arena, running: Sequence[Running], effort: Effort) -> None:
     """Measure query latency while engines store 86,000 blocks/s, against idle; then remove those blocks again."""
     asked = arena.shared[BY_HASH]
-    for _ in range(effort.busy_rounds):
+    for turn in range(effort.busy_rounds):
         stores, removals = map(arena.spool, messages.further(arena.workload, int(RATE * effort.busy_s)))
-        for one in running:
+        for one in turns(running, turn):
             one.fleet.load(stores.path)
             one.fleet.load(removals.path)
+            time.sleep(SETTLE_S)
             quiet = percentiles(_ask(arena, one, asked, effort.requests))
             arena.results.add("quiet p99", one.name, quiet.p99)
             start = one.fleet.begin(stores.path, RATE)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from benchmarks import messages, throughput
-from benchmarks.results import FIGURES, Results
+from benchmarks.results import FIGURES, Comparison, Results
 from benchmarks.workload import BRANCHES
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BEGIN: Final = "<!-- benchmarks: begin (written by `python -m benchmarks --write`) -->"
 END: Final = "<!-- benchmarks: end -->"
 SAME: Final = 0.05
-"""Differences below this share are called equal: the machine's noise is not smaller."""
+"""Differences below this share are called equal."""
 
 
 def _number(value: float | None) -> str:
@@ -30,12 +30,14 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _verdict(advantage: float | None) -> str:
-    if advantage is None:
+def _verdict(comparison: Comparison | None) -> str:
+    if comparison is None:
         return ""
-    if abs(advantage - 1) < SAME:
+    better = comparison.better
+    if abs(better - 1) < SAME:
         return "equal"
-    return f"{advantage:.2f} x better" if advantage > 1 else f"**{1 / advantage:.2f} x worse**"
+    said = f"{better:.2f} x better" if better > 1 else f"**{1 / better:.2f} x worse**"
+    return said if comparison.steady else f"{said}, rounds differ"
 
 
 def table(results: Results, names: Sequence[str]) -> str:
@@ -47,7 +49,7 @@ def table(results: Results, names: Sequence[str]) -> str:
         if not any(results.samples[key][name] for name in names):
             continue
         values = [_number(results.typical(key, name)) for name in names]
-        verdict = [_verdict(results.advantage(key, *names))] if pair else []
+        verdict = [_verdict(results.comparison(key, *names))] if pair else []
         rows.append([figure.label, figure.unit, *values, *verdict])
     tally = [f"{results.right[name]:,} of {results.checked[name]:,}" for name in names]
     rows.append(["right answers", "", *tally, *([""] if pair else [])])
@@ -63,8 +65,8 @@ def behind(results: Results, names: Sequence[str]) -> list[str]:
         return []
     found = []
     for key, figure in FIGURES.items():
-        advantage = results.advantage(key, *names)
-        if advantage is not None and advantage <= 1 - SAME:
+        comparison = results.comparison(key, *names)
+        if comparison and comparison.better <= 1 - SAME:
             found.append(f"{figure.label} ({figure.unit})")
     return found
 
@@ -79,7 +81,8 @@ def _processor() -> str:
 def circumstances(arena: Arena, contenders: Sequence[Contender], absent: Sequence[str]) -> str:
     """When, where, what."""
     workload, scale = arena.workload, arena.workload.scale
-    events = sum(1 for _ in messages.read_spool(arena.initial.path, range(scale.engines)))
+    sent = sum(1 for _ in messages.read_spool(arena.initial.path, range(scale.engines)))
+    events = sent - scale.engines  # the mark is none of the workload
     versions = ", ".join(f"{contender.name} {contender.version}" for contender in contenders)
     cores = len(os.sched_getaffinity(0))
     shared = f"{cores} cores, shared by services, publishers and client"

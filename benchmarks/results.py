@@ -21,6 +21,9 @@ class Figure(NamedTuple):
     """Smaller values can't be told apart."""
 
 
+AGREEMENT: Final = 0.75
+"""This share of the rounds has to say the same, or the difference may be the machine's noise."""
+
 FIGURES: Final[dict[str, Figure]] = {
     "paced cpu": Figure("ingest, paced", "k blocks per CPU second", more_is_better=True),
     "paced wall": Figure("ingest, paced", "k blocks/s", more_is_better=True),
@@ -55,6 +58,15 @@ class Percentiles(NamedTuple):
     p99: float
 
 
+class Comparison(NamedTuple):
+    """How one service did against another."""
+
+    better: float
+    """So many times better, the median of the rounds; below 1 it was worse."""
+    steady: bool
+    """Most rounds say the same."""
+
+
 def percentiles(seconds: Sequence[float]) -> Percentiles:
     """Median and 99th percentile."""
     cuts = quantiles(seconds, n=100, method="inclusive")
@@ -85,11 +97,14 @@ class Results:
         values = self.samples[figure][service]
         return median(values) if values else None
 
-    def advantage(self, figure: str, ours: str, theirs: str) -> float | None:
-        """Median over the rounds of how many times better ours was; below 1 it was worse."""
-        pairs = list(zip(self.samples[figure][ours], self.samples[figure][theirs], strict=False))
-        if not pairs:
-            return None
+    def comparison(self, figure: str, ours: str, theirs: str) -> Comparison | None:
+        """Compare two services round by round, or None when they were not both measured."""
         kind = FIGURES[figure]
-        typical = median(max(a, kind.grain) / max(b, kind.grain) for a, b in pairs)
-        return typical if kind.more_is_better else 1 / typical
+        pairs = zip(self.samples[figure][ours], self.samples[figure][theirs], strict=False)
+        ratios = [max(a, kind.grain) / max(b, kind.grain) for a, b in pairs]
+        if not ratios:
+            return None
+        better = [ratio if kind.more_is_better else 1 / ratio for ratio in ratios]
+        typical = median(better)
+        agreeing = sum((ratio > 1) == (typical > 1) for ratio in better)
+        return Comparison(typical, agreeing >= AGREEMENT * len(better))
