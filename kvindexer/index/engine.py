@@ -257,14 +257,14 @@ class PyIndex:
         space = self._spaces.get(keyspace)
         if space is None:
             return [[] for _ in keys]
-        slots = [slot for slot in space.slots if slot is not None]
         return [
-            [
-                Holding(slot.source, slot.spec.instance, slot.rank, tier)
-                for tier in TIERS
-                for slot in slots
-                if space.tiers[tier].get(key, 0) & slot.bit
-            ]
+            list(
+                dict.fromkeys(  # the groups of a hybrid model are one holding
+                    Holding(slot.source, slot.spec.instance, slot.rank, tier)
+                    for tier in TIERS
+                    for slot in space.holders(tier, key)
+                )
+            )
             for key in keys
         ]
 

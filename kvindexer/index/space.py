@@ -17,6 +17,7 @@ Invariant: for each slot, tier and key, the number of `show` minus `hide` calls 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from kvindexer.index.topology import Slot, Topology
@@ -66,6 +67,16 @@ class Space:
     def in_use(self) -> bool:
         """Whether any source has a slot here."""
         return any(slot is not None for slot in self.slots)
+
+    def holders(self, tier: Tier, key: int) -> Iterator[Slot]:
+        """The slots that hold a block on this tier."""
+        mask = self.tiers[tier].get(key, 0)
+        while mask:
+            lowest = mask & -mask
+            slot = self.slots[lowest.bit_length() - 1]
+            if slot is not None:
+                yield slot
+            mask ^= lowest
 
     def intern(self, mask: int) -> int:
         """The one object that stands for this holder set."""
