@@ -1,0 +1,127 @@
+"""The HTTP application, put together: from the outside in.
+
+Shield            every request gets an answer in the one error shape, and is counted
+ConcurrencyLimit  not too many at once
+BodyReader        not too large, not too slow; inside, bodies are complete
+HotRoutes         /v1/match, /query, /query_by_hash: bytes in, bytes out
+FastAPI           everything else, and the OpenAPI document of all
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from kvindexer import __version__
+from kvindexer.api import health, rfc_sources, sources
+from kvindexer.api.body import BodyReader
+from kvindexer.api.errors import error_body, error_headers, internal_error, method_not_allowed
+from kvindexer.api.fleet import Fleet
+from kvindexer.api.hot import Handler, HotRoutes
+from kvindexer.api.limits import ConcurrencyLimit
+from kvindexer.api.match import MatchRoute
+from kvindexer.api.metrics import Metrics
+from kvindexer.api.openapi import HotRoute, describe
+from kvindexer.api.registration import Registration, Unregistration
+from kvindexer.api.rfc_query import QueryRoutes
+from kvindexer.api.schemas import (
+    DynamoAnswer,
+    HashQuery,
+    MatchAnswer,
+    MatchRequest,
+    MooncakeFigures,
+    TokenQuery,
+)
+from kvindexer.api.shield import Shield
+from kvindexer.errors import RequestError
+from kvindexer.index.seam import Index
+from kvindexer.settings import Settings
+
+_RFC_ANSWERS: Final = (dict[str, dict[str, MooncakeFigures]], DynamoAnswer)
+_RFC_QUERY: Final = (
+    "With `model` the answer has Mooncake's form, tenant -> instance -> figures, each tier by itself; with "
+    "`model_name` it has Dynamo's, each tier with the nearer ones.  All figures are tokens; instances that hold "
+    "nothing are not listed."
+)
+_HOT: Final = (
+    HotRoute(
+        "/v1/match",
+        "Who holds how long a prefix of a prompt?",
+        "Instances, best first: by cached tokens, then by matched tokens, then by name.  Each shows its best rank.",
+        "Queries",
+        MatchRequest,
+        (MatchAnswer,),
+    ),
+    HotRoute("/query", "Prefix query by tokens", _RFC_QUERY, "RFC #1403", TokenQuery, _RFC_ANSWERS),
+    HotRoute("/query_by_hash", "Prefix query by hashes", _RFC_QUERY, "RFC #1403", HashQuery, _RFC_ANSWERS),
+)
+
+
+def create_app(settings: Settings, index: Index, fleet: Fleet, metrics: Metrics) -> ASGIApp:
+    """The ASGI application; it uses index and fleet in the event loop's thread and owns neither."""
+    metrics.watch(fleet)
+    queries = QueryRoutes(settings, index, fleet, metrics)
+    handlers: dict[str, Handler] = {
+        "/v1/match": MatchRoute(settings, index, fleet, metrics),
+        "/query": queries.by_tokens,
+        "/query_by_hash": queries.by_hash,
+    }
+    rest = FastAPI(
+        title="kvindexer",
+        version=__version__,
+        summary="Which inference pod holds which prompt prefix, on which tier, right now.",
+        redirect_slashes=False,
+    )
+    routers = (rfc_sources.routes(fleet), sources.routes(fleet, metrics), health.routes(fleet, metrics))
+    for router in routers:
+        rest.include_router(router)
+    _answer_errors(rest)
+    kinds = (Registration, Unregistration, sources.SourcesAnswer, health.HealthAnswer, health.ReadyAnswer)
+    describe(rest, _HOT, kinds)
+    app: ASGIApp = HotRoutes(handlers, rest)
+    app = BodyReader(app, settings.max_body_bytes, settings.receive_timeout_s)
+    app = ConcurrencyLimit(app, settings.max_concurrent_requests)
+    paths = {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
+    return Shield(app, metrics, paths.union(handlers))
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Give FastAPI's own errors our shape."""
+
+    async def refused(_: Request, error: Exception) -> Response:
+        return _response(error if isinstance(error, RequestError) else internal_error())
+
+    async def http(_: Request, error: Exception) -> Response:
+        headers = getattr(error, "headers", None) or {}
+        match getattr(error, "status_code", 500):
+            case 404:
+                return _response(RequestError("not_found", "no such route", "see /docs for the routes", status=404))
+            case 405:
+                return _response(method_not_allowed(headers.get("allow", headers.get("Allow", "another method"))))
+            case status:
+                return _response(RequestError("invalid_request", "the request can't be read", status=status))
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        places = (
+            [".".join(map(str, item["loc"])) for item in error.errors()]
+            if isinstance(error, RequestValidationError)
+            else []
+        )
+        message = f"not usable: {', '.join(places[:5])}"
+        return _response(RequestError("invalid_request", message, "see /docs for the parameters", status=422))
+
+    app.add_exception_handler(RequestError, refused)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, refused)
+
+
+def _response(error: RequestError) -> Response:
+    headers = {name.decode(): value.decode() for name, value in error_headers(error)}
+    return Response(error_body(error), error.status, headers, media_type="application/json")

@@ -1,0 +1,36 @@
+"""What the HTTP API needs to know of the sources, and may do to them.  `service` implements it.
+
+Calls never block and never wait; all of them come from the event loop's thread.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvindexer.events.status import InstanceStatus, SourceReport
+from kvindexer.types import SourceSpec
+
+
+class Fleet(Protocol):
+    """All sources, registered at start or over HTTP."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether every source known at start is in sync, or has had its time; once true, always true."""
+
+    def register(self, spec: SourceSpec) -> bool:
+        """Follow a source; False if just this is registered already.  Raises RequestError or ConflictError."""
+
+    def unregister(
+        self, instance: str, *, model: str | None = None, tenant: str | None = None, rank: int | None = None
+    ) -> list[SourceSpec]:
+        """Forget an instance's sources, those that fit what is given; returns what was registered."""
+
+    def status(self, instance: str) -> InstanceStatus:
+        """Worst of what is known of the instance's sources; cheap, it is asked for each instance of an answer."""
+
+    def reports(self) -> list[SourceReport]:
+        """One report a source."""
+
+
+__all__ = ["Fleet", "InstanceStatus", "SourceReport"]

@@ -1,0 +1,88 @@
+"""GET /health, /ready and /metrics: what probes and Prometheus ask.
+
+/health is about truth, not about restarts: it is 200 as long as the process serves, and says `degraded` when a
+source is not live or not sound.  /ready says whether to send queries here: 503 until every source known at start is
+in sync or has had its time, 200 ever after.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final
+
+import msgspec
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from kvindexer.api.fleet import Fleet, SourceReport
+from kvindexer.api.metrics import CONTENT_TYPE, STATES, Metrics
+from kvindexer.api.openapi import answer_body
+
+MAX_PROBLEMS: Final = 20
+"""Sources that /health names; /v1/sources has all."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Problem(msgspec.Struct):
+    """A source that is not as it should be."""
+
+    source: str
+    instance: str
+    state: str
+    sound: bool
+    why: str
+
+
+class HealthAnswer(msgspec.Struct):
+    """`ok`, or `degraded` with what is wrong."""
+
+    status: str
+    ready: bool
+    sources: dict[str, int]
+    unsound: int
+    incomplete: int
+    problems: list[Problem]
+
+
+class ReadyAnswer(msgspec.Struct):
+    """Whether queries are answered from a warm index."""
+
+    ready: bool
+
+
+def routes(fleet: Fleet, metrics: Metrics) -> APIRouter:
+    """The three routes."""
+    router = APIRouter(tags=["Operation"])
+
+    @router.get("/health", summary="Is all well?", responses=answer_body(HealthAnswer))
+    async def health() -> Response:
+        return Response(_encode(_health(fleet)), media_type="application/json")
+
+    @router.get("/ready", summary="Is the index warm?", responses=answer_body(ReadyAnswer, 200, 503))
+    async def ready() -> Response:
+        return Response(_encode(ReadyAnswer(fleet.ready)), 200 if fleet.ready else 503, media_type="application/json")
+
+    @router.get("/metrics", summary="Metrics in Prometheus' text format")
+    async def prometheus() -> Response:
+        return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    return router
+
+
+def _health(fleet: Fleet) -> HealthAnswer:
+    reports = fleet.reports()
+    states = Counter(report.state for report in reports)
+    problems = [report for report in reports if report.state != "live" or not report.sound]
+    return HealthAnswer(
+        status="degraded" if problems else "ok",
+        ready=fleet.ready,
+        sources={state: states[state] for state in STATES},
+        unsound=sum(not report.sound for report in reports),
+        incomplete=sum(not report.complete for report in reports),
+        problems=[_problem(report) for report in problems[:MAX_PROBLEMS]],
+    )
+
+
+def _problem(report: SourceReport) -> Problem:
+    return Problem(report.source, report.spec.instance, report.state, report.sound, report.why)

@@ -1,0 +1,85 @@
+"""From the names in a query to keyspaces, and from a prompt to matches in each of them.
+
+Keyspaces that don't exist are an error that says what does, since silence looks like a cold cache.  It never says
+more than the caller's own tenant may know, and never a salt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Final, NamedTuple
+
+from kvindexer.api.fleet import Fleet
+from kvindexer.api.prompt import Prompt
+from kvindexer.errors import RequestError, UnknownModelError
+from kvindexer.index.seam import HolderMatch, Index
+from kvindexer.types import Keyspace
+
+DEFAULT_TENANT: Final = "default"
+
+
+class Found(NamedTuple):
+    """The matches in one keyspace."""
+
+    keyspace: Keyspace
+    matches: list[HolderMatch]
+
+
+def keyspaces(
+    index: Index, fleet: Fleet, tenant: str, model: str, *, additional_salt: str | None, block_size: int | None
+) -> list[Keyspace]:
+    """All keyspaces that a query is about, at least one.  Raises UnknownModelError, RequestError."""
+    spaces = index.keyspaces(tenant, model, additional_salt)
+    if not spaces:
+        if additional_salt is not None and index.keyspaces(tenant, model):
+            raise RequestError(
+                "unknown_salt",
+                f"no source of model {model!r} is registered with this additional salt",
+                "leave it away to look at all deployments of the model",
+                status=404,
+            )
+        known = {report.spec.model for report in fleet.reports() if report.spec.tenant == tenant}
+        raise UnknownModelError(model, tuple(sorted(known)))
+    if block_size is None:
+        return spaces
+    chosen = [space for space in spaces if space.block_size == block_size]
+    if not chosen:
+        raise RequestError(
+            "unknown_block_size",
+            f"no source of model {model!r} has blocks of {block_size} tokens",
+            f"known block sizes: {_sizes(spaces)}",
+            status=404,
+        )
+    return chosen
+
+
+def one_size(spaces: list[Keyspace], what: str) -> int:
+    """The block size that keys were made for.  Raises RequestError if it is not clear."""
+    size = spaces[0].block_size
+    if any(space.block_size != size for space in spaces):
+        raise RequestError(
+            "block_size_needed",
+            f"the model has blocks of several sizes, and {what} belong to one",
+            f"give block_size, one of: {_sizes(spaces)}",
+        )
+    return size
+
+
+def find(index: Index, spaces: list[Keyspace], prompt: Prompt, candidates: Collection[str] | None) -> list[Found]:
+    """Match a prompt in each of the keyspaces."""
+    if len(spaces) == 1:
+        space = spaces[0]
+        size = space.block_size
+        return [Found(space, index.match(space, prompt.keys(size), prompt.whole(size), candidates))]
+    keys = {size: prompt.keys(size) for size in {space.block_size for space in spaces}}
+    return [
+        Found(
+            space,
+            index.match(space, keys[space.block_size], prompt.whole(space.block_size), candidates),
+        )
+        for space in spaces
+    ]
+
+
+def _sizes(spaces: Iterable[Keyspace]) -> str:
+    return ", ".join(map(str, sorted({space.block_size for space in spaces})))

@@ -1,0 +1,225 @@
+"""Counters of the service, in Prometheus' text format.
+
+The hot paths only add to plain integers; names, labels and histograms are put together at scrape time.  Labels
+have few values, all of them ours: never the name of a model, an instance or anything else a caller can choose.
+
+Invariant: a counter never falls, whatever sources come and go.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from kvindexer.api.fleet import Fleet, SourceReport
+from kvindexer.index.seam import Change
+from kvindexer.types import TIERS
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+STATES: Final = ("syncing", "live", "stale", "gone")
+LATENCY_BOUNDS_S: Final = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
+    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
+)
+MAX_LABELS: Final = 64
+"""Different values of one label, at most; further ones are counted as `other`."""
+
+
+class _Latencies:
+    """One route's histogram."""
+
+    __slots__ = ("buckets", "sum_s")
+
+    def __init__(self) -> None:
+        self.buckets = [0] * (len(LATENCY_BOUNDS_S) + 1)
+        self.sum_s = 0.0
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Buckets as Prometheus wants them: label and number of all observations up to it."""
+        total = 0
+        rows = []
+        for bound, count in zip((*map(str, LATENCY_BOUNDS_S), "+Inf"), self.buckets, strict=True):
+            total += count
+            rows.append((bound, float(total)))
+        return rows
+
+
+class _Accumulated:
+    """A counter of the whole fleet, made of the counters of sources, which end with their source."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seen: dict[str, int] = {}
+
+    def look(self, counts: Mapping[str, int]) -> int:
+        """Add what has come since the last look; a count below the last one is that of a new source."""
+        for source, count in counts.items():
+            before = self._seen.get(source, 0)
+            self.total += count - before if count >= before else count
+        self._seen = dict(counts)
+        return self.total
+
+
+class Metrics:
+    """All counters of one service; `collect` is what Prometheus' registry calls at a scrape."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.batches = 0
+        self.stored = 0
+        self.removed = 0
+        self.queries = 0
+        self.hit_tokens = 0
+        self.asked_tokens = 0
+        self._skipped: Counter[str] = Counter()
+        self._withdrawn: Counter[str] = Counter()
+        self._answers: Counter[tuple[str, int]] = Counter()
+        self._latencies: dict[str, _Latencies] = {}
+        self._gaps = _Accumulated()
+        self._replays = _Accumulated()
+        self._fleet: Fleet | None = None
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def watch(self, fleet: Fleet) -> None:
+        """Take the figures of the sources from this fleet."""
+        self._fleet = fleet
+
+    def render(self) -> bytes:
+        """The whole as text."""
+        return generate_latest(self._registry)
+
+    # Ingest
+
+    def applied(self, change: Change) -> None:
+        """A batch went into the index."""
+        self.batches += 1
+        self.events += change.events
+        self.stored += change.stored
+        self.removed += change.removed
+        if change.skipped:
+            self.skipped(change.skipped)
+
+    def skipped(self, reasons: Mapping[str, int]) -> None:
+        """Messages, events or blocks had no effect."""
+        for reason, count in reasons.items():
+            self._skipped[_bounded(reason, self._skipped)] += count
+
+    def withdrawn(self, reason: str, entries: int) -> None:
+        """Entries of a source were dropped because they may be gone."""
+        self._withdrawn[_bounded(reason, self._withdrawn)] += entries
+
+    # Queries
+
+    def asked(self, hit_tokens: int, asked_tokens: int) -> None:
+        """A query was answered; `hit_tokens` is the figure of its best instance."""
+        self.queries += 1
+        self.hit_tokens += hit_tokens
+        self.asked_tokens += asked_tokens
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """A request was answered; `route` is one of our paths, never what the caller wrote."""
+        self._answers[route, status] += 1
+        latencies = self._latencies.get(route)
+        if latencies is None:
+            latencies = self._latencies[route] = _Latencies()
+        latencies.buckets[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+        latencies.sum_s += seconds
+
+    # Scrape
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric; the table of docs/metrics.md names them in this order."""
+        yield _counter("events_applied", "Events applied to the index.", self.events)
+        yield _counter("batches_applied", "Batches (messages) applied to the index.", self.batches)
+        yield _counter("blocks_stored", "Blocks that events announced as stored.", self.stored)
+        yield _counter("blocks_removed", "Blocks that events announced as removed.", self.removed)
+        yield _counters(
+            "skipped",
+            "Messages, events and blocks without effect, or not the one asked for.",
+            "reason",
+            self._skipped,
+        )
+        yield _counters(
+            "entries_withdrawn", "Entries dropped because they may be gone, by reason.", "reason", self._withdrawn
+        )
+        yield from self._of_sources(self._fleet.reports() if self._fleet is not None else [])
+        yield from self._of_queries()
+
+    def _of_sources(self, reports: list[SourceReport]) -> Iterator[Metric]:
+        yield _counter("gaps", "Holes seen in the order of messages.", self._gaps.look(_sums(reports, "gaps")))
+        yield _counter("replays", "Replays asked for.", self._replays.look(_sums(reports, "replays")))
+        sources = GaugeMetricFamily("kvindexer_sources", "Registered sources, by state.", labels=["state"])
+        for state in STATES:
+            sources.add_metric([state], sum(report.state == state for report in reports))
+        yield sources
+        yield _gauge("sources_unsound", "Sources of which claimed blocks may be gone.", _without(reports, "sound"))
+        yield _gauge("sources_incomplete", "Sources of which blocks may be missing.", _without(reports, "complete"))
+        blocks = GaugeMetricFamily(
+            "kvindexer_blocks", "Entries in the index, by tier and state of their source.", labels=["tier", "state"]
+        )
+        for tier in TIERS:
+            for state in STATES:
+                held = sum(report.blocks[tier] for report in reports if report.state == state)
+                blocks.add_metric([tier.label, state], held)
+        yield blocks
+        orphans = sum(report.orphans for report in reports)
+        yield _gauge("orphans", "Held blocks whose place in a prompt is not known yet.", orphans)
+        poison = sum(report.poison for report in reports)
+        yield _gauge("poison", "Unreadable batches and events of the registered sources.", poison)
+        lag_s = max((report.lag_ms for report in reports), default=0.0) / 1000
+        yield _gauge("ingest_lag_seconds", "Age of the oldest message received and not applied.", lag_s)
+        yield _gauge("ready", "1 once the service is ready.", int(self._fleet is not None and self._fleet.ready))
+
+    def _of_queries(self) -> Iterator[Metric]:
+        yield _counter("queries", "Prefix queries answered.", self.queries)
+        yield _counter("asked_tokens", "Tokens of the prompts that were asked for.", self.asked_tokens)
+        yield _counter("hit_tokens", "Tokens of them that the best instance holds.", self.hit_tokens)
+        answers = CounterMetricFamily("kvindexer_http_requests", "Requests answered.", labels=["route", "status"])
+        for (route, status), count in sorted(self._answers.items()):
+            answers.add_metric([route, str(status)], count)
+        yield answers
+        latency = HistogramMetricFamily(
+            "kvindexer_http_request_duration_seconds",
+            "Time to answer a request whose body has been received.",
+            labels=["route"],
+        )
+        for route, latencies in sorted(self._latencies.items()):
+            latency.add_metric([route], buckets=latencies.cumulative(), sum_value=latencies.sum_s)
+        yield latency
+
+
+def _bounded(label: str, known: Mapping[str, int]) -> str:
+    return label if label in known or len(known) < MAX_LABELS else "other"
+
+
+def _sums(reports: Iterable[SourceReport], field: str) -> dict[str, int]:
+    return {report.source: getattr(report, field) for report in reports}
+
+
+def _without(reports: Iterable[SourceReport], flag: str) -> int:
+    return sum(not getattr(report, flag) for report in reports)
+
+
+def _counter(name: str, documentation: str, value: int) -> Metric:
+    return CounterMetricFamily(f"kvindexer_{name}", documentation, value=value)
+
+
+def _counters(name: str, documentation: str, label: str, values: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(f"kvindexer_{name}", documentation, labels=[label])
+    for value, count in sorted(values.items()):
+        family.add_metric([value], count)
+    return family
+
+
+def _gauge(name: str, documentation: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"kvindexer_{name}", documentation, value=value)
+
+
+__all__ = ["CONTENT_TYPE", "LATENCY_BOUNDS_S", "STATES", "Metrics"]

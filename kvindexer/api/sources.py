@@ -1,0 +1,118 @@
+"""GET /v1/sources: everything worth knowing of each source, for operators and for the demo's table.
+
+Nothing secret: no salts, no tokens, no hashes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from kvindexer.api.fleet import Fleet, SourceReport
+from kvindexer.api.metrics import Metrics
+from kvindexer.api.openapi import answer_body
+
+_encode = msgspec.json.Encoder().encode
+
+
+class BlocksByTier(msgspec.Struct):
+    """Entries of a source."""
+
+    gpu: int
+    cpu: int
+    disk: int
+    remote: int
+
+
+class SourceEntry(msgspec.Struct):
+    """One source: where it is, how far it can be trusted and why, what it has sent and what it holds."""
+
+    instance: str
+    source: str
+    endpoint: str
+    replay: str | None
+    model: str
+    type: str
+    rank: int
+    tenant: str
+    block_size: int
+    state: str
+    why: str
+    sound: bool
+    complete: bool
+    epoch: int
+    seq: int | None
+    lag_ms: float
+    last_event_s: float | None
+    batches: int
+    gaps: int
+    replays: int
+    blocks: BlocksByTier
+    orphans: int
+    poison: int
+
+
+class Totals(msgspec.Struct):
+    """Counters of the whole service since its start, and what its index holds now."""
+
+    events: int
+    queries: int
+    blocks: int
+
+
+class SourcesAnswer(msgspec.Struct):
+    """All sources, or those that were asked for."""
+
+    sources: list[SourceEntry]
+    totals: Totals
+
+
+def routes(fleet: Fleet, metrics: Metrics) -> APIRouter:
+    """The one route."""
+    router = APIRouter(tags=["Operation"])
+
+    @router.get("/v1/sources", summary="State of all sources", responses=answer_body(SourcesAnswer))
+    async def sources(tenant: str | None = None, model: str | None = None, instance: str | None = None) -> Response:
+        reports = fleet.reports()
+        entries = [
+            _entry(report)
+            for report in reports
+            if tenant in (None, report.spec.tenant)
+            and model in (None, report.spec.model)
+            and instance in (None, report.spec.instance)
+        ]
+        held = sum(sum(report.blocks) for report in reports)
+        answer = SourcesAnswer(entries, Totals(metrics.events, metrics.queries, held))
+        return Response(_encode(answer), media_type="application/json")
+
+    return router
+
+
+def _entry(report: SourceReport) -> SourceEntry:
+    spec = report.spec
+    return SourceEntry(
+        instance=spec.instance,
+        source=report.source,
+        endpoint=spec.endpoint,
+        replay=spec.replay,
+        model=spec.model,
+        type=spec.type,
+        rank=spec.rank,
+        tenant=spec.tenant,
+        block_size=spec.block_size,
+        state=report.state,
+        why=report.why,
+        sound=report.sound,
+        complete=report.complete,
+        epoch=report.epoch,
+        seq=report.seq,
+        lag_ms=report.lag_ms,
+        last_event_s=report.last_event_s,
+        batches=report.batches,
+        gaps=report.gaps,
+        replays=report.replays,
+        blocks=BlocksByTier(*report.blocks),
+        orphans=report.orphans,
+        poison=report.poison,
+    )
