@@ -64,7 +64,7 @@ def source_of(values: Mapping[Any, Any], key: str) -> SourceSpec:
             raise SettingsError(f"{key}.{name}", _shown(field, value), f"only one spelling of {field}")
         if isinstance(value, bool) and not field.startswith(("offload_connector", "clear_")):
             raise SettingsError(f"{key}.{name}", value, "no boolean")
-        known[field] = value
+        known[field] = value.lower() if field == "type" and isinstance(value, str) else value
     try:
         spec = _ADAPTER.validate_python(known)
     except ValidationError as error:

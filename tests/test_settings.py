@@ -164,7 +164,7 @@ def test_sources_are_read_alike_from_every_layer(tmp_path: Path) -> None:
 def test_spellings_of_the_http_contract_are_accepted() -> None:
     text = (
         "instance_id=pod-a,modelname=m,block_size=32,endpoint=tcp://h:1,replay_endpoint=tcp://h:2,dp_rank=3,"
-        "lora_name=l,additionalsalt=s,tenant_id=t,type=store,tier=disk,readers=pod-a+pod-b,durable_tiers="
+        "lora_name=l,additionalsalt=s,tenant_id=t,type=Store,tier=disk,readers=pod-a+pod-b,durable_tiers="
     )
     assert parse_source(text) == SourceSpec(
         instance="pod-a",
