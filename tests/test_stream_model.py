@@ -162,6 +162,7 @@ class StreamMachine(RuleBasedStateMachine):
         seen = [tuple(map(int, payload.split(b":"))) for payload in self.view]
         assert seen == sorted(set(seen))
         assert not self.stream.sound or len({life for life, _ in seen}) <= 1
+        assert self.stream.epoch <= self.engine.life + 1, "no life is made up"
 
     def teardown(self) -> None:
         """P2 and P3: traffic stops, the engine is reachable, a few probe intervals pass."""

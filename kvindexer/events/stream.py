@@ -154,6 +154,9 @@ class Stream:
         self._sound = True
         self._complete = False
         self._holes = False
+        """Messages are missing that a replay from 0 might still bring."""
+        self._damaged = False
+        """A message of this life said something that could not be read or kept; no replay helps."""
         self._connected = False
         self._disconnected_since_last = False
         self._live_seq: int | None = None
@@ -171,12 +174,12 @@ class Stream:
     @property
     def sound(self) -> bool:
         """Nothing is claimed that may be gone."""
-        return self._sound and not self._gap_open
+        return self._sound and not self._damaged and not self._gap_open
 
     @property
     def complete(self) -> bool:
         """Nothing that is held may be missing."""
-        return self._complete and not self._gap_open
+        return self._complete and not self._damaged and not self._gap_open
 
     @property
     def _gap_open(self) -> bool:
@@ -213,7 +216,7 @@ class Stream:
         newest, self._live_seq = self._live_seq, seq
         went_back = newest is not None and seq <= newest
         if went_back or (self.last_seq is not None and seq <= self.last_seq):
-            known = self._digests.get(seq)
+            known = self._digest_of(seq)
             if known == digest:
                 self._live_seq = seq if newest is None else max(seq, newest)
                 return [*actions, Drop("duplicate")]
@@ -226,6 +229,10 @@ class Stream:
         if self._replay is not None:
             return actions + self._hold(seq, payload, digest, now)
         return actions + self._in_order(seq, payload, digest, now)
+
+    def _digest_of(self, seq: int) -> bytes | None:
+        held = self._held.get(seq)
+        return self._digests.get(seq) if held is None else xxh3_128_digest(held[0])
 
     def _in_order(self, seq: int, payload: bytes, digest: bytes, now: float) -> list[Action]:
         if seq != self._expected:
@@ -358,7 +365,8 @@ class Stream:
 
     def damaged(self, why: str) -> None:
         """A payload could not be read, or entries were dropped: what it said is lost."""
-        self._flags_off(why)
+        self._damaged = True
+        self.why = why
 
     def uncertain(self, why: str) -> None:
         """Some entries may be gone, nothing is missing."""
@@ -368,7 +376,7 @@ class Stream:
     def cleared(self) -> None:
         """The engine's cache is known to be empty: whatever was lost before does not matter any more."""
         self._sound = self._complete = True
-        self._holes = False
+        self._holes = self._damaged = False
         self.why = self._why_live()
 
     # Steps
@@ -380,7 +388,7 @@ class Stream:
             self.why = why
 
     def _why_live(self) -> str:
-        if self._sound and self._complete:
+        if self._sound and self._complete and not self._damaged:
             return "live"
         return self.why
 
@@ -432,6 +440,7 @@ class Stream:
                 replay.from_zero = True
                 self.last_seq = None
                 self._digests.clear()
+                self._damaged = False
                 return [Withdraw("rebuild", everything=False)]
             case Purpose.REBUILD:
                 replay.abandoned = True
@@ -500,7 +509,7 @@ class Stream:
             self._clear_held()
         self._replay = None
         self._ask_at = None
-        self._sound, self._complete, self._holes = True, False, False
+        self._sound, self._complete, self._holes, self._damaged = True, False, False, False
 
     def _new_life(self, why: str, *, keep_held: bool = False) -> list[Action]:
         self._forget(keep_held=keep_held)

@@ -1,0 +1,293 @@
+"""The registered sources, each with its stream and its share of the index: where events become answers.
+
+    Registry      which sources exist
+    Subscriber    their sockets ─► Stream machines ─► Apply, Withdraw, Drop
+    LiveFleet     Apply ─► index.apply ─► what the change means for the source's flags
+
+Invariant: whatever a source sends or does, the others go on; what a source lost shows in its flags.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from kvindexer.errors import KvIndexerError, WireError
+from kvindexer.events.sources import Registry
+from kvindexer.events.status import InstanceStatus, SourceReport
+from kvindexer.events.stream import State, Stream, StreamSettings
+from kvindexer.events.subscriber import Subscriber, SubscriberSettings
+from kvindexer.index.seam import Change, Index
+from kvindexer.index.topology import is_store
+from kvindexer.settings import Settings
+from kvindexer.tiering.media import tier_named
+from kvindexer.types import TIERS, SourceSpec, Tier
+
+_log = logging.getLogger(__name__)
+_TRUST = {State.GONE: 0, State.STALE: 1, State.SYNCING: 2, State.LIVE: 3}
+_STATUS_AGE_S = 0.25
+_LOST_EVENTS = ("bad_event", "over_bound")
+
+LeastTrusted = Callable[[], Iterable[str]]
+
+
+class Counters(Protocol):
+    """Who counts what happens."""
+
+    def applied(self, change: Change) -> None:
+        """A batch went into the index."""
+
+    def skipped(self, reasons: Mapping[str, int]) -> None:
+        """Messages, events or blocks had no effect."""
+
+    def withdrawn(self, reason: str, entries: int) -> None:
+        """Entries of a source were dropped because they may be gone."""
+
+
+class _Source:
+    """What the service keeps of one source, beside its machine and its share of the index."""
+
+    def __init__(self, source: str, spec: SourceSpec, stream: Stream) -> None:
+        self.source = source
+        self.spec = spec
+        self.stream = stream
+        self.batches = 0
+        self.poison = 0
+        self.counters: Counter[str] = Counter()
+
+
+class LiveFleet:
+    """The registered sources, followed; `Fleet` of the HTTP API and `Sink` of the subscriber.
+
+    `open_index` makes the index engine; what it is given names sources in the order in which they may lose entries.
+    """
+
+    def __init__(self, settings: Settings, open_index: Callable[[LeastTrusted], Index], counters: Counters) -> None:
+        self.settings = settings
+        self.index = open_index(self._least_trusted)
+        self._counters = counters
+        self._registry = Registry(settings.allowed_endpoints, settings.max_sources)
+        self._sources: dict[str, _Source] = {}
+        self._by_instance: dict[str, list[_Source]] = {}
+        self._statuses: dict[str, tuple[float, InstanceStatus]] = {}
+        self._subscriber: Subscriber | None = None
+        self._awaited: set[str] = set()
+        self._ready = False
+        self._started_at = time.monotonic()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Subscribe to the sources of the settings; hang up on all of them at the end."""
+        settings = self.settings
+        self._subscriber = Subscriber(
+            SubscriberSettings(
+                receive_hwm=settings.receive_hwm,
+                max_message_bytes=settings.max_message_bytes,
+                replay_max_bytes=settings.replay_max_bytes,
+                replay_timeout_s=settings.replay_timeout_s,
+                max_concurrent_replays=settings.max_concurrent_replays,
+                max_sources=settings.max_sources,
+                slice_s=settings.slice_ms / 1000,
+            ),
+            self,
+        )
+        self._started_at = time.monotonic()
+        try:
+            for spec in settings.sources:
+                self.register(spec)
+            self._awaited = set(self._sources)
+            yield
+        finally:
+            await self._subscriber.close()
+            self._subscriber = None
+
+    # Fleet
+
+    @property
+    def ready(self) -> bool:
+        """Every source known at start is in sync, or has had its time; once true, always true."""
+        if not self._ready:
+            late = time.monotonic() - self._started_at >= self.settings.sync_deadline_s
+            awaited = [self._sources[source] for source in self._awaited if source in self._sources]
+            in_sync = all(known.stream.synced for known in awaited)
+            self._ready = self._subscriber is not None and (late or in_sync)
+        return self._ready
+
+    def register(self, spec: SourceSpec) -> bool:
+        """Dial a source; False if just this is registered already.  Raises RequestError or ConflictError."""
+        if self._subscriber is None:
+            raise RuntimeError("the service is not running")
+        source = self._registry.register(spec)
+        if source is None:
+            return False
+        settings = self.settings
+        stream = Stream(
+            StreamSettings(
+                replayable=spec.replay is not None,
+                held_max_frames=settings.held_max_frames,
+                held_max_bytes=settings.held_max_bytes,
+                probe_interval_s=settings.probe_interval_s,
+                stale_after_s=settings.stale_after_s,
+                gone_after_s=settings.gone_after_s,
+                retry_min_s=settings.replay_retry_min_s,
+                retry_max_s=settings.replay_retry_max_s,
+            )
+        )
+        self.index.attach(source, spec)
+        self._sources[source] = known = _Source(source, spec, stream)
+        self._by_instance.setdefault(spec.instance, []).append(known)
+        try:
+            self._subscriber.add(source, spec.replay, spec.topic, stream)
+        except KvIndexerError:
+            self.unregister(spec.instance, model=spec.model, tenant=spec.tenant, rank=spec.rank)
+            raise
+        _log.info("source %s registered: instance %s, model %s", source, spec.instance, spec.model)
+        return True
+
+    def unregister(
+        self, instance: str, *, model: str | None = None, tenant: str | None = None, rank: int | None = None
+    ) -> list[SourceSpec]:
+        """Hang up on an instance's sources and forget what they hold; returns what was registered."""
+        removed = self._registry.unregister(instance, model=model, tenant=tenant, rank=rank)
+        for source, spec in removed:
+            if self._subscriber is not None:
+                self._subscriber.remove(source)
+            self.index.detach(source)
+            known = self._sources.pop(source)
+            self._by_instance[instance].remove(known)
+            if not self._by_instance[instance]:
+                del self._by_instance[instance]
+            _log.info("source %s unregistered: instance %s, model %s", source, spec.instance, spec.model)
+        self._statuses.pop(instance, None)
+        return [spec for _, spec in removed]
+
+    def status(self, instance: str) -> InstanceStatus:
+        """Worst of what is known of the instance's sources."""
+        now = time.monotonic()
+        cached = self._statuses.get(instance)
+        if cached is not None and now - cached[0] < _STATUS_AGE_S:
+            return cached[1]
+        status = self._status(self._by_instance.get(instance, ()), now)
+        if status.lag_ms == 0.0:
+            self._statuses[instance] = (now, status)
+        return status
+
+    def _status(self, sources: list[_Source] | tuple[()], now: float) -> InstanceStatus:
+        if not sources:
+            return InstanceStatus(State.GONE.value, sound=False, complete=False, lag_ms=0.0, verified_ms=None)
+        worst = min((known.stream.state for known in sources), key=_TRUST.__getitem__)
+        verified = [known.stream.verified_at for known in sources]
+        oldest = None if None in verified else min(at for at in verified if at is not None)
+        return InstanceStatus(
+            worst.value,
+            sound=all(known.stream.sound for known in sources),
+            complete=all(self._complete(known) for known in sources),
+            lag_ms=round(1000 * max(self._lag_s(known, now) for known in sources), 1),
+            verified_ms=None if oldest is None else round(1000 * (now - oldest), 1),
+        )
+
+    def _complete(self, known: _Source) -> bool:
+        return known.stream.complete and not self.index.stats(known.source).truncated
+
+    def _lag_s(self, known: _Source, now: float) -> float:
+        backlog_s = self._subscriber.backlog_s(known.source, now) if self._subscriber is not None else 0.0
+        return max(known.stream.lag_s(now), backlog_s)
+
+    def reports(self) -> list[SourceReport]:
+        """Everything worth knowing of each source."""
+        now = time.monotonic()
+        return [self._report(known, now) for known in self._sources.values()]
+
+    def _report(self, known: _Source, now: float) -> SourceReport:
+        stream, stats = known.stream, self.index.stats(known.source)
+        return SourceReport(
+            spec=known.spec,
+            source=known.source,
+            state=stream.state.value,
+            why="entries were dropped at a bound" if stats.truncated else stream.why,
+            sound=stream.sound,
+            complete=stream.complete and not stats.truncated,
+            epoch=stream.epoch,
+            seq=stream.last_seq,
+            lag_ms=round(1000 * self._lag_s(known, now), 1),
+            last_event_s=None if stream.event_at is None else round(now - stream.event_at, 3),
+            batches=known.batches,
+            gaps=stream.gaps,
+            replays=stream.replays,
+            orphans=stats.orphans,
+            poison=known.poison,
+            blocks=stats.blocks,
+        )
+
+    def _least_trusted(self) -> Iterator[str]:
+        """Sources in the order in which their entries may go when the index is full."""
+        order = sorted(
+            self._sources.values(),
+            key=lambda known: (_TRUST[known.stream.state], known.stream.sound, known.stream.complete),
+        )
+        return (known.source for known in order)
+
+    # Sink
+
+    def apply(self, source: str, seq: int, payload: bytes) -> None:
+        """Count the next payload of a source into the index."""
+        known = self._sources.get(source)
+        if known is None:
+            return
+        self._statuses.pop(known.spec.instance, None)
+        known.batches += 1
+        try:
+            change = self.index.apply(source, payload)
+        except WireError as error:
+            known.poison += 1
+            known.stream.damaged(f"message {seq} can't be read: {error.reason}")
+            self._counters.skipped({error.reason: 1})
+            return
+        except Exception:  # noqa: BLE001 - one bad source must not stop the others; it is logged and its flags go
+            known.poison += 1
+            known.stream.damaged(f"message {seq} could not be applied")
+            self._counters.skipped({"internal_error": 1})
+            _log.exception("source %s: message %d could not be applied", source, seq)
+            return
+        self._counters.applied(change)
+        self._consider(known, change)
+
+    def _consider(self, known: _Source, change: Change) -> None:
+        """What a batch means for the truth of the source's flags."""
+        lost = sum(change.skipped.get(reason, 0) for reason in _LOST_EVENTS)
+        if lost:
+            known.poison += lost
+            known.stream.damaged(f"{lost} events could not be read or kept")
+        if change.uncertain:
+            tiers = ", ".join(tier.label for tier in change.uncertain)
+            known.stream.uncertain(f"the cache was reset; whether {tiers} was emptied too is not on the wire")
+        elif change.cleared and not lost:
+            blocks = self.index.stats(known.source).blocks
+            if not any(blocks[tier] for tier in TIERS if tier not in change.cleared):
+                known.stream.cleared()
+
+    def withdraw(self, source: str, reason: str, *, everything: bool) -> None:
+        """Forget what a life that is over held; tiers that outlive it stay, and are not proven any more."""
+        known = self._sources.get(source)
+        if known is None:
+            return
+        durable: set[Tier] = set() if everything else {tier_named(name) for name in known.spec.durable_tiers}
+        if is_store(known.spec) and not everything:
+            durable = set(TIERS)
+        entries = self.index.withdraw(source, [tier for tier in TIERS if tier not in durable])
+        if any(self.index.stats(source).blocks):
+            known.stream.uncertain("entries of an earlier life were kept")
+        self._statuses.pop(known.spec.instance, None)
+        self._counters.withdrawn(reason, entries)
+        _log.warning("source %s: %d entries withdrawn (%s)", source, entries, reason)
+
+    def dropped(self, source: str, reason: str) -> None:
+        """Count a frame that had no effect."""
+        known = self._sources.get(source)
+        if known is not None:
+            known.counters[reason] += 1
+        self._counters.skipped({reason: 1})
