@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from live import agrees, connected, held, spec_of, until, with_fleet
 
 from kvindexer.events.fleet import LiveFleet
 from kvindexer.events.status import SourceReport
 from kvindexer.testing import FakeEngine, Faults, PoolShape, Vllm
+from live import agrees, connected, held, spec_of, until, with_fleet
 
 SMALL = PoolShape(num_blocks=40, block_size=4)
 
