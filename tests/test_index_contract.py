@@ -8,15 +8,15 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 import pytest
-import recordings
-from oracle import Prompt, cleared, payload, placeholder, removed, stored
 
+import recordings
 from kvindexer.errors import WireError
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import HolderMatch, Holding, Index
 from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
 from kvindexer.tokenization.extras import prompt_extras
 from kvindexer.types import TIERS, Keyspace, SourceSpec, Tier
+from oracle import Prompt, cleared, payload, placeholder, removed, stored
 
 ENGINES: dict[str, Callable[[], Index]] = {"python": PyIndex}
 SIZE = 4

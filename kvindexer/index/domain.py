@@ -3,16 +3,19 @@
     bindings   engine hash -> block key         learnt from stores that carry tokens; kept past the last copy
     waiting    parent hash -> {hash: local}     stores whose parent is not known yet: bound when it turns up
     unbound    held hashes without a key        orphans: counted as copies, in no answer until they are bound
-    dead       bindings that nobody holds       oldest first; the first to go at a bound
+    dead       bindings that nobody holds       least recently used first; the first to go at a bound
 
 A source is a domain of its own; a store and the engines that read it share one, for they share hashes.
 
 Invariants: once bound, a hash keeps its key; every held hash is either bound and shown or in `unbound`; a hash is
-never in both.
+never in both; a binding that nobody holds is in `dead` (where some may be that are held again).
+
+Queues are OrderedDicts: taking the first key out of a plain dict again and again walks over all that went before.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from kvindexer.tokenization.blocks import link
@@ -34,10 +37,10 @@ class Domain:
         """Hashes whose blocks have another size than the registered one."""
         self.parents: dict[int, int] | None = None
         """Hash -> hash of the block before; kept only where offload chunks cover several blocks."""
-        self.waiting: dict[int, dict[int, tuple[int, Space]]] = {}
+        self.waiting: OrderedDict[int, dict[int, tuple[int, Space]]] = OrderedDict()
         self.waiting_links = 0
-        self.unbound: dict[int, None] = {}
-        self.dead: dict[int, None] = {}
+        self.unbound: OrderedDict[int, None] = OrderedDict()
+        self.dead: OrderedDict[int, None] = OrderedDict()
         self.conflicts = 0
         """Stores that named another block for a bound hash (and were overruled)."""
 
@@ -60,6 +63,8 @@ class Domain:
                 del self.unbound[found]
                 for member in self.members:
                     member.bound(found, its_key, its_space)
+            elif found != block_hash:  # its last copy went while it waited for its parent
+                self.bury(found)
             children = self.waiting.pop(found, None)
             if children:
                 self.waiting_links -= len(children)
@@ -70,27 +75,45 @@ class Domain:
         key = self.bindings.get(parent)
         if key is not None:
             self.bind(block_hash, link(key, local), space)
+            self.bury(block_hash)
             return
         children = self.waiting.setdefault(parent, {})
         if block_hash not in children:
             self.waiting_links += 1
         children[block_hash] = (local, space)
-        if self.parents is not None:
-            self.parents[block_hash] = parent
 
-    def forget_dead(self, bindings_limit: int, links_limit: int) -> None:
-        """Bound the bindings that no member holds, and the links that wait for a parent."""
+    def bury(self, block_hash: int) -> None:
+        """Nobody may hold this bound hash any more: it is forgotten when as many others have come behind it."""
+        self.dead[block_hash] = None
+        self.dead.move_to_end(block_hash)
+
+    def forget_dead(self, bindings_limit: int, links_limit: int) -> tuple[int, int]:
+        """Bound the bindings that no member holds, and the links that wait for a parent; returns how many went."""
+        bindings = links = 0
         while len(self.dead) > bindings_limit:
-            oldest = next(iter(self.dead))
-            del self.dead[oldest]
-            if not any(member.holds(oldest) for member in self.members):
+            oldest, _ = self.dead.popitem(last=False)
+            if not self._held(oldest):
                 self.bindings.pop(oldest, None)
                 self.elsewhere.pop(oldest, None)
                 if self.parents is not None:
                     self.parents.pop(oldest, None)
+                bindings += 1
         while self.waiting_links > links_limit:
-            oldest = next(iter(self.waiting))
-            self.waiting_links -= len(self.waiting.pop(oldest))
+            _, children = self.waiting.popitem(last=False)
+            self.waiting_links -= len(children)
+            links += len(children)
+            if self.parents is not None:
+                for child in children:
+                    if child not in self.bindings:
+                        self.parents.pop(child, None)
+        return bindings, links
+
+    def _held(self, block_hash: int) -> bool:
+        """Whether any member has a copy of a bound hash; mostly nobody has the block, which is seen at once."""
+        key = self.bindings.get(block_hash)
+        if key is None or not self.space_of(block_hash).has(key):
+            return False
+        return any(member.holds(block_hash) for member in self.members)
 
     def absorb(self, other: Domain) -> None:
         """Take over another domain's members and knowledge; for a hash known to both, ours stays."""

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Final
 
-from kvindexer.events.wire import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch
+from kvindexer.events.wire import NO_MEDIUM, AllBlocksCleared, BlockRemoved, BlockStored, decode_batch
 from kvindexer.index import snapshot
 from kvindexer.index.seam import Change, HolderMatch, Holding, IndexLimits, SourceStats
 from kvindexer.index.share import Place, Share
@@ -33,6 +34,9 @@ from kvindexer.tokenization.extras import event_extras, lora_extras
 from kvindexer.types import TIERS, EngineHash, Keyspace, SourceSpec, Tier
 
 _BELOW_GPU = tuple(tier for tier in TIERS if tier is not Tier.GPU)
+
+_SLACK: Final = 256
+"""At a bound a 256th more goes than must, so that the oldest need not be searched for at every batch."""
 
 
 def keyspace_of(spec: SourceSpec) -> Keyspace:
@@ -68,7 +72,9 @@ class PyIndex:
         share = Share(source, spec, self._space(keyspace_of(spec)))
         for other in self._shares.values():
             if other.space is share.space and _share_hashes(spec, other.spec):
-                other.domain.absorb(share.domain)
+                one, two = share.domain, other.domain
+                larger, smaller = (one, two) if len(one.bindings) > len(two.bindings) else (two, one)
+                larger.absorb(smaller)
         self._shares[source] = share
 
     def detach(self, source: str) -> None:
@@ -77,20 +83,25 @@ class PyIndex:
         if share is None:
             return
         self._entries -= share.entries
-        spaces = {slot.space for slot in share.slots.values()}
         share.close()
-        for space in spaces:
-            if not space.in_use:
+        self._forget(share)
+        family = [space for keyspace, space in self._spaces.items() if keyspace[:3] == share.space.keyspace[:3]]
+        if not any(space.in_use for space in family):  # until then hashes of the family may be bound in any of them
+            for space in family:
                 del self._spaces[space.keyspace]
 
     def withdraw(self, source: str, tiers: Collection[Tier] = TIERS) -> int:
         """See `Index.withdraw`."""
         share = self._shares[source]
         gone = share.empty(tiers)
-        self._entries -= len(gone)
-        share.truncated = share.truncated and share.entries > 0
+        share.forget_places()
+        self._recount(share)
         self._forget(share)
         return len(gone)
+
+    def _recount(self, share: Share) -> None:
+        self._entries += share.recount()
+        share.truncated = share.truncated and share.entries > 0
 
     def _space(self, keyspace: Keyspace) -> Space:
         found = self._spaces.get(keyspace)
@@ -116,8 +127,17 @@ class PyIndex:
                 case AllBlocksCleared():
                     self._clear(work, event)
         self._entries += share.recount()
-        self._forget(share)
-        self._shed(share, work)
+        dropped, others = self._shed(share)
+        bindings, links = self._forget(share)
+        work.touched.extend(dropped)
+        for reason, count in (
+            ("over_bound", len(dropped)),
+            ("made_room", others),
+            ("binding_forgotten", bindings),
+            ("link_forgotten", links),
+        ):
+            if count:
+                work.skip(reason, count)
         return work.change()
 
     def _store(self, work: _Work, event: BlockStored) -> None:
@@ -151,13 +171,17 @@ class PyIndex:
         hashes, parent = event.hashes, event.parent
         locals_ = local_hashes(pack_tokens(event.tokens), event.block_size, _extras(event, share.spec))
         del locals_[len(hashes) :]
+        if (
+            domain.parents is not None
+        ):  # before anything is bound: a chunk that is waiting for it shows what it covers
+            before = [parent, *hashes[:-1]]
+            domain.parents |= {h: p for h, p in zip(hashes, before, strict=True) if p is not None}
         parent_key = None if parent is None else bindings.get(parent)
         if parent is not None and parent_key is None:
             for block_hash, local in zip(hashes, locals_, strict=True):
                 if block_hash not in bindings:
                     domain.bind_behind(parent, block_hash, local, space)
                 parent = block_hash
-            parent = event.parent
         else:
             keys = chain_keys(parent_key, locals_)
             if domain.unbound or domain.waiting or space is not domain.space:
@@ -167,24 +191,19 @@ class PyIndex:
                 for block_hash, key in zip(hashes, keys, strict=True):
                     if bindings.setdefault(block_hash, key) != key:
                         domain.conflicts += 1
-        if domain.parents is not None:
-            before = [parent, *hashes[:-1]]
-            domain.parents |= {h: p for h, p in zip(hashes, before, strict=True) if p is not None}
 
     def _remove(self, work: _Work, event: BlockRemoved) -> None:
         share = work.share
         tier = work.tier(event.medium, event.locality)
         work.events += 1
         work.touched.extend(event.hashes)
-        domain = share.domain
         for block_hash in event.hashes:
-            space = domain.space_of(block_hash) if domain.elsewhere else share.space
-            place = share.place(work.rank, event.group, tier, event.ownership, space)
-            copies = place.copies.get(block_hash)
-            if copies is None:
+            place = share.place_of(block_hash, work.rank, event.group, tier, event.ownership)
+            if place is None:
                 work.skip("not_held")
                 continue
             work.removed += 1
+            copies = place.copies[block_hash]
             if copies > 1:
                 place.copies[block_hash] = copies - 1
             else:
@@ -202,41 +221,59 @@ class PyIndex:
                 blocks = share.blocks()
                 work.uncertain += tuple(tier for tier in _BELOW_GPU if blocks[tier])
         gone = share.empty(tiers, rank)
-        self._entries -= len(gone)
+        self._recount(share)
         work.events += 1
         work.cleared += tiers
         work.touched.extend(gone)
-        share.truncated = share.truncated and share.entries > 0
 
     # Bounds
 
-    def _forget(self, share: Share) -> None:
+    def _forget(self, share: Share) -> tuple[int, int]:
+        """Bring a domain's memory back under its bounds; returns how many bindings and waiting links went."""
         domain = share.domain
-        if domain.dead or domain.waiting_links:
-            members = len(domain.members)
-            domain.forget_dead(
-                self._limits.max_dead_bindings_per_source * members, self._limits.max_orphans_per_source * members
-            )
+        members = len(domain.members)
+        if not members or not (domain.dead or domain.waiting_links):
+            return 0, 0
+        return domain.forget_dead(
+            self._limits.max_dead_bindings_per_source * members, self._limits.max_orphans_per_source * members
+        )
 
-    def _shed(self, share: Share, work: _Work) -> None:
-        """Bring entries back under their bounds: orphans first, then the oldest of the least trusted source."""
-        over = share.entries - self._limits.max_entries_per_source
-        orphans = len(share.domain.unbound) - self._limits.max_orphans_per_source * len(share.domain.members)
-        if over > 0 or orphans > 0:
-            self._drop_oldest(share, max(over, orphans), work)
-        if self._entries > self._limits.max_entries:
+    def _shed(self, share: Share) -> tuple[list[int], int]:
+        """Bring entries back under their bounds: orphans first, then the oldest of the least trusted source.
+
+        Returns which entries of this share went, and how many of others.
+        """
+        domain, limits = share.domain, self._limits
+        gone: list[int] = []
+        most_orphans = limits.max_orphans_per_source * len(domain.members)
+        while len(domain.unbound) > most_orphans:
+            dropped = share.drop_orphans(len(domain.unbound) - most_orphans)
+            if not dropped:
+                break
+            gone += dropped
+        self._entries += share.recount()
+        gone += self._drop_oldest(share, share.entries, limits.max_entries_per_source)
+        others = 0
+        if self._entries > limits.max_entries:
             for name in (*self._least_trusted(), share.source):
-                over = self._entries - self._limits.max_entries
                 victim = self._shares.get(name)
-                if over > 0 and victim is not None:
-                    self._drop_oldest(victim, over, work)
+                if victim is None:
+                    continue
+                dropped = self._drop_oldest(victim, self._entries, limits.max_entries)
+                if victim is share:
+                    gone += dropped
+                else:
+                    others += len(dropped)
+                    self._forget(victim)
+        return gone, others
 
-    def _drop_oldest(self, share: Share, count: int, work: _Work) -> None:
-        gone = share.drop_oldest(count)
-        self._entries -= len(gone)
-        work.skip("over_bound", len(gone))
-        if share is work.share:
-            work.touched.extend(gone)
+    def _drop_oldest(self, share: Share, entries: int, limit: int) -> list[int]:
+        """Drop the share's oldest entries if there are more than the limit."""
+        if entries <= limit:
+            return []
+        gone = share.drop_oldest(entries - limit + limit // _SLACK)
+        self._entries += share.recount()
+        return gone
 
     # Questions
 
@@ -286,11 +323,8 @@ class PyIndex:
     def stats(self, source: str) -> SourceStats:
         """See `Index.stats`."""
         share = self._shares[source]
-        orphans = (
-            sum(block_hash in share.domain.unbound for place in share.places.values() for block_hash in place.copies)
-            if share.domain.unbound
-            else 0
-        )
+        places = share.places.values()
+        orphans = sum(block_hash in place.copies for block_hash in share.domain.unbound for place in places)
         return SourceStats(share.blocks(), len(share.domain.bindings), orphans, share.truncated)
 
     def copies(self, source: str) -> dict[tuple[int, int, Tier, str | None, EngineHash], int]:
@@ -313,6 +347,8 @@ class PyIndex:
         share = self._shares[source]
         snapshot.restore(share, contents, self._space)
         self._entries += share.recount()
+        self._shed(share)
+        self._forget(share)
 
 
 class _Work:
@@ -331,9 +367,9 @@ class _Work:
     def tier(self, medium: str | None, locality: str | None) -> Tier:
         """The tier that an event speaks of."""
         spec = self.share.spec
-        if medium is None and (locality is None or spec.tier is not None):
-            return tier_named(spec.tier or ("remote" if is_store(spec) else "gpu"))
-        tier, known = self._media.tier(medium or "GPU", locality)
+        if medium is None and spec.tier is not None:
+            return tier_named(spec.tier)
+        tier, known = self._media.tier(medium or ("EXTERNAL" if is_store(spec) else NO_MEDIUM), locality)
         if not known:
             self.skip("unknown_medium", 0)
         return tier
@@ -396,6 +432,7 @@ def _count_in(share: Share, place: Place, hashes: list[int]) -> None:
     copies, counted = place.copies, place.counted
     domain = share.domain
     find = domain.bindings.get
+    mixed = bool(domain.elsewhere) or place.space is not domain.space
     for block_hash in hashes:
         held = copies.get(block_hash)
         if held is not None:
@@ -408,7 +445,7 @@ def _count_in(share: Share, place: Place, hashes: list[int]) -> None:
             copies[block_hash] = 1
             continue
         target = place
-        if domain.elsewhere and domain.space_of(block_hash) is not place.space:
+        if mixed and domain.space_of(block_hash) is not place.space:
             target = share.place(*place.name[:4], domain.space_of(block_hash))
             share.witness(target, place.slot.rule)
             if block_hash in target.copies:

@@ -89,7 +89,7 @@ class IndexLimits:
 
 
 class Index(Protocol):
-    """An index engine.  `source` is a source's identity; unknown ones raise KeyError, except in `apply`."""
+    """An index engine.  `source` is a source's identity; unknown ones raise KeyError, except in `apply`, `detach`."""
 
     def attach(self, source: str, spec: SourceSpec) -> None:
         """Make a source known, empty; again with the same identity: forget it first."""

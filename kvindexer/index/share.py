@@ -9,7 +9,8 @@ Invariant: a place shows the key of every hash in `copies` that its domain has b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from kvindexer.index.domain import Domain
@@ -86,9 +87,11 @@ class Share:
             self.domain.parents = {}
         self.places: dict[PlaceName, Place] = {}
         self.slots: dict[tuple[int, int, int], Slot] = {}
+        self.block_sizes = [space.keyspace.block_size]
+        """The registered one first, then the others that places have had."""
         self.entries = 0
         self.truncated = False
-        self.slot(spec.rank, 0, space)
+        self._first = self.slot(spec.rank, 0, space)
 
     def slot(self, rank: int, group: int, space: Space) -> Slot:
         """The bit of one of its ranks' groups."""
@@ -107,7 +110,17 @@ class Share:
             counted = tier is Tier.GPU and spec.type == "vllm" and spec.report_mode == "normal" and not spec.readers
             span = spec.offload_blocks_per_chunk if tier is not Tier.GPU else 1
             found = self.places[name] = Place(name, self.slot(rank, group, space), counted=counted, span=span)
+            if name.block_size not in self.block_sizes:
+                self.block_sizes.append(name.block_size)
         return found
+
+    def place_of(self, block_hash: int, rank: int, group: int, tier: Tier, ownership: str | None) -> Place | None:
+        """The place with a copy of the hash, whatever its block size; None if there is no copy."""
+        for block_size in self.block_sizes:
+            place = self.places.get(PlaceName(rank, group, tier, ownership, block_size))
+            if place is not None and block_hash in place.copies:
+                return place
+        return None
 
     def witness(self, place: Place, rule: GroupRule | None) -> None:
         """An event has named this place."""
@@ -119,19 +132,29 @@ class Share:
 
     def bound(self, block_hash: int, key: int, space: Space) -> None:
         """The domain has learnt a key: every place that holds the hash, and has not shown it, shows it."""
-        for place in list(self.places.values()):
-            if block_hash not in place.copies:
-                continue
+        holding = [place for place in self.places.values() if block_hash in place.copies]
+        for place in holding:
+            if place.space is space:
+                place.show(block_hash, key, self.domain)
+        for place in holding:
             if place.space is not space:
-                place = self._moved(block_hash, place, space)  # noqa: PLW2901 - the same place in another keyspace
-            place.show(block_hash, key, self.domain)
+                self._move(block_hash, key, place, space)
 
-    def _moved(self, block_hash: int, place: Place, space: Space) -> Place:
-        rank, group, tier, ownership, _ = place.name
-        target = self.place(rank, group, tier, ownership, space)
-        target.slot.witness(tier, place.slot.rule)
-        target.copies[block_hash] = place.copies.pop(block_hash)
-        return target
+    def _move(self, block_hash: int, key: int, place: Place, space: Space) -> None:
+        """The same place in the keyspace that the hash has turned out to belong to."""
+        copies = place.copies.pop(block_hash)
+        target = self.place(*place.name[:4], space)
+        self.witness(target, place.slot.rule)
+        if block_hash in target.copies:
+            target.copies[block_hash] += copies if target.counted else 0
+            return
+        target.copies[block_hash] = copies
+        target.show(block_hash, key, self.domain)
+
+    def hashes(self) -> Iterator[int]:
+        """Every held hash, once a place."""
+        for place in self.places.values():
+            yield from place.copies
 
     def hide_all(self) -> Iterator[int]:
         """Stop showing anything, hold everything; yields the held hashes."""
@@ -149,7 +172,7 @@ class Share:
         key = domain.bindings.get(block_hash)
         if key is not None:
             place.hide(block_hash, key)
-            domain.dead[block_hash] = None
+            domain.bury(block_hash)
         elif not any(member.holds(block_hash) for member in domain.members):
             domain.unbound.pop(block_hash, None)
 
@@ -161,9 +184,21 @@ class Share:
                 hashes = list(place.copies)
                 for block_hash in hashes:
                     self.drop(place, block_hash)
+                place.copies.clear()  # a dict that was emptied key by key keeps its table
+                place.space.tidy()
                 gone += hashes
-        self.recount()
         return gone
+
+    def forget_places(self) -> None:
+        """Forget the places where nothing is left, and what events have said of their groups."""
+        self.places = {name: place for name, place in self.places.items() if place.copies}
+        used = {place.slot for place in self.places.values()}
+        for name, slot in list(self.slots.items()):
+            if slot is self._first and slot not in used:
+                slot.forget()
+            elif slot not in used:
+                slot.space.close_slot(slot)
+                del self.slots[name]
 
     def recount(self) -> int:
         """Bring `entries` up to date; returns by how much it changed."""
@@ -178,24 +213,33 @@ class Share:
             totals[name.tier] += len(place.copies)
         return totals[0], totals[1], totals[2], totals[3]
 
-    def drop_oldest(self, count: int) -> list[int]:
-        """Forget the entries that were stored first, orphans before others; the share is not complete any more."""
-        gone: list[int] = []
-        self.truncated = True
-        for chosen in (self._oldest(count, bound=False), self._oldest(count, bound=True)):
-            for place, block_hash in chosen:
-                if len(gone) == count:
-                    break
-                self.drop(place, block_hash)
-                gone.append(block_hash)
-        self.recount()
-        return gone
+    def drop_orphans(self, count: int) -> list[int]:
+        """Forget up to so many hashes without a key, oldest first; returns the entries that went."""
+        hashes = islice(filter(self.holds, self.domain.unbound), count)
+        return self._drop_all([entry for block_hash in hashes for entry in self._places_with(block_hash)])
 
-    def _oldest(self, count: int, *, bound: bool) -> Iterable[tuple[Place, int]]:
+    def drop_oldest(self, count: int) -> list[int]:
+        """Forget so many entries, orphans first, then those that were stored first, farthest from the GPU first."""
+        chosen = list(islice(self._orphans(), count))
+        return self._drop_all(chosen + list(islice(self._bound(), count - len(chosen))))
+
+    def _drop_all(self, chosen: list[tuple[Place, int]]) -> list[int]:
+        for place, block_hash in chosen:
+            self.drop(place, block_hash)
+        self.truncated = self.truncated or bool(chosen)
+        return [block_hash for _, block_hash in chosen]
+
+    def _orphans(self) -> Iterator[tuple[Place, int]]:
+        for block_hash in self.domain.unbound:
+            yield from self._places_with(block_hash)
+
+    def _places_with(self, block_hash: int) -> Iterator[tuple[Place, int]]:
+        return ((place, block_hash) for place in self.places.values() if block_hash in place.copies)
+
+    def _bound(self) -> Iterator[tuple[Place, int]]:
         bindings = self.domain.bindings
         for place in sorted(self.places.values(), key=lambda place: -place.name.tier):
-            chosen = [h for h, _ in zip((h for h in place.copies if (h in bindings) is bound), range(count))]  # noqa: B905 - the shorter one decides
-            yield from ((place, block_hash) for block_hash in chosen)
+            yield from ((place, block_hash) for block_hash in place.copies if block_hash in bindings)
 
     def close(self) -> None:
         """Leave the index without a trace."""

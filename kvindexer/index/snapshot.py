@@ -6,9 +6,10 @@ A snapshot is one msgpack value (`_Snapshot`), with a version first; a later lay
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from kvindexer.index.share import Share
 from kvindexer.index.space import Space
@@ -17,31 +18,36 @@ from kvindexer.types import Keyspace, Tier
 
 VERSION: Final = 1
 
+_Hash = Annotated[int, Meta(ge=0)]
+_Number = Annotated[int, Meta(ge=0)]
+_BlockSize = Annotated[int, Meta(ge=1)]
+_Copies = Annotated[int, Meta(ge=1)]
+
 
 class _Place(msgspec.Struct, array_like=True, frozen=True):
-    rank: int
-    group: int
-    tier: int
+    rank: _Number
+    group: _Number
+    tier: Tier
     ownership: str | None
-    block_size: int
-    rule: tuple[int, bool] | None
-    copies: dict[int, int]
+    block_size: _BlockSize
+    rule: tuple[_Number, bool] | None
+    copies: dict[_Hash, _Copies]
 
 
 class _Binding(msgspec.Struct, array_like=True, frozen=True):
     """Bindings of one block size."""
 
-    block_size: int
-    keys: dict[int, int]
+    block_size: _BlockSize
+    keys: dict[_Hash, _Hash]
 
 
 class _Link(msgspec.Struct, array_like=True, frozen=True):
     """A hash that waits for its parent's key."""
 
-    parent: int
-    block_hash: int
-    local: int
-    block_size: int
+    parent: _Hash
+    block_hash: _Hash
+    local: _Hash
+    block_size: _BlockSize
 
 
 class _Snapshot(msgspec.Struct, array_like=True, frozen=True):
@@ -49,8 +55,8 @@ class _Snapshot(msgspec.Struct, array_like=True, frozen=True):
     places: list[_Place]
     bindings: list[_Binding]
     links: list[_Link]
-    parents: dict[int, int] | None
-    dead: list[int]
+    parents: dict[_Hash, _Hash] | None
+    dead: list[_Hash]
     truncated: bool
 
 
@@ -58,18 +64,27 @@ _decode = msgspec.msgpack.Decoder(_Snapshot).decode
 
 
 def pack(share: Share) -> bytes:
-    """The share's places, with all that its domain knows."""
+    """The share's places, with what its domain knows, except bindings of what only its other members hold."""
     domain = share.domain
     own = domain.space.keyspace.block_size
+    of_others = {
+        block_hash
+        for member in domain.members
+        if member is not share
+        for block_hash in member.hashes()
+        if not share.holds(block_hash)
+    }
     sizes: dict[int, dict[int, int]] = {own: {}}
     for block_hash, key in domain.bindings.items():
-        sizes.setdefault(domain.space_of(block_hash).keyspace.block_size, {})[block_hash] = key
+        if block_hash not in of_others:
+            sizes.setdefault(domain.space_of(block_hash).keyspace.block_size, {})[block_hash] = key
     return msgspec.msgpack.encode(
         _Snapshot(
             VERSION,
             [
-                _Place(*name[:2], int(name.tier), name.ownership, name.block_size, place.slot.rule, place.copies)
+                _Place(*name[:2], name.tier, name.ownership, name.block_size, place.slot.rule, place.copies)
                 for name, place in share.places.items()
+                if place.slot.seen
             ],
             [_Binding(size, keys) for size, keys in sizes.items()],
             [
@@ -77,8 +92,8 @@ def pack(share: Share) -> bytes:
                 for parent, children in domain.waiting.items()
                 for block_hash, (local, space) in children.items()
             ],
-            domain.parents,
-            list(domain.dead),
+            domain.parents and {h: parent for h, parent in domain.parents.items() if h not in of_others},
+            [block_hash for block_hash in domain.dead if block_hash not in of_others],
             share.truncated,
         )
     )
@@ -109,10 +124,11 @@ def restore(share: Share, contents: _Snapshot, space_for: Callable[[Keyspace], S
             domain.bind(block_hash, key, space(binding.block_size))
     for link in contents.links:
         domain.bind_behind(link.parent, link.block_hash, link.local, space(link.block_size))
-    domain.dead |= dict.fromkeys(contents.dead)
+    for block_hash in contents.dead:
+        domain.bury(block_hash)
     share.truncated = contents.truncated
     for saved in contents.places:
-        place = share.place(saved.rank, saved.group, Tier(saved.tier), saved.ownership, space(saved.block_size))
+        place = share.place(saved.rank, saved.group, saved.tier, saved.ownership, space(saved.block_size))
         share.witness(place, None if saved.rule is None else GroupRule(*saved.rule))
         place.copies.update(saved.copies)
         for block_hash in saved.copies:

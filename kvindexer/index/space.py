@@ -68,6 +68,10 @@ class Space:
         """Whether any source has a slot here."""
         return any(slot is not None for slot in self.slots)
 
+    def has(self, key: int) -> bool:
+        """Whether anybody holds the block."""
+        return any(key in holders for holders in self.tiers)
+
     def holders(self, tier: Tier, key: int) -> Iterator[Slot]:
         """The slots that hold a block on this tier."""
         mask = self.tiers[tier].get(key, 0)
@@ -89,6 +93,14 @@ class Space:
         """Sweep after as many new masks as there are blocks, so that a sweep costs O(1) a change."""
         self._masks = {mask: mask for holders in self.tiers for mask in holders.values()}
         self._masks_limit = 2 * len(self._masks) + sum(map(len, self.tiers)) + _FEWEST_MASKS
+
+    def tidy(self) -> None:
+        """Give memory back after many blocks went at once."""
+        if len(self._masks) > 2 * sum(map(len, self.tiers)) + _FEWEST_MASKS:
+            self._forget_unused_masks()
+        for holders in self.tiers:
+            if not holders:
+                holders.clear()  # a dict that was emptied key by key keeps its table
 
     def show(self, slot: Slot, tier: Tier, key: int) -> None:
         """One more of the slot's engine hashes on this tier names the block."""

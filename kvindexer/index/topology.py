@@ -52,6 +52,11 @@ class Slot:
         self.aliases: tuple[dict[int, int], ...] = tuple({} for _ in TIERS)
         """Per tier: block key -> how many more engine hashes than one name it."""
 
+    def forget(self) -> None:
+        """Unlearn what events have said: a next life of the engine may differ."""
+        self.seen, self.seen_lower, self.rule = False, False, None
+        self.space.changed()
+
     def witness(self, tier: Tier, rule: GroupRule | None) -> None:
         """An event has stored blocks of this slot."""
         lower = self.seen_lower or tier is not Tier.GPU
@@ -115,7 +120,10 @@ class Topology:
             group = store.group if len(primaries) > 1 else next(iter(primaries))
             if group in primaries:
                 lent[store.bit] = lent.get(store.bit, 0) | primaries[group].bit
-        rules = {slot.number: slot.rule for slot in primaries.values()}
+        rules = {
+            primary.number: next((slot.rule for slot in slots if slot.group == group and slot.rule), None)
+            for group, primary in primaries.items()
+        }
         connector = slots[0].spec.offload_connector
         if connector is None:
             connector = bool(stores) or any(slot.seen_lower for slot in slots)

@@ -179,7 +179,7 @@ class _Walk:
     def _extended(self, holder: Holder, reused: int, usable: int) -> int:
         """Where a connector gets to that goes on from the GPU's prefix with blocks of the tiers below."""
         below = range(1 if self._tiers[0] is Tier.GPU else 0, len(self._tiers))
-        bits = sum(1 << n for n in holder.prefix)
+        bits = sum(1 << n for n in holder.prefix or [tail.number for tail in holder.tails])
         for segment in self._segments:
             if segment.end <= reused:
                 continue
