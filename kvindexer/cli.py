@@ -92,7 +92,9 @@ def _demo(made: ArgumentParser) -> None:
     made.add_argument(
         "--interval-s", type=_positive, metavar="SECONDS", help="between updates (else 1, no terminal: 5)"
     )
-    made.add_argument("--duration-s", type=_positive, metavar="SECONDS", help="end by itself")
+    made.add_argument(
+        "--duration-s", type=_positive, metavar="SECONDS", help="end by itself, that long after the table appeared"
+    )
 
 
 def _query(made: ArgumentParser) -> None:

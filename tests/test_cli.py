@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -12,7 +13,6 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +53,6 @@ MATCH = {
     "lag_ms": 1.5,
 }
 ANSWER = {"model": "m", "blocks": 4, "tokens": 64, "matches": [MATCH], "unknown_candidates": ["10.0.0.9"]}
-
-needs_service = pytest.mark.skipif(find_spec("kvindexer.service") is None, reason="the service isn't built in")
 
 
 class Started:
@@ -526,7 +524,6 @@ def curl_body(demo: Started) -> tuple[str, dict[str, Any]]:
     return url, json.loads(line.partition(" -d ")[2].strip().strip("'"))
 
 
-@needs_service
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_demo_prints_a_query_that_finds_blocks_and_leaves_nothing_behind(
     start: Callable[..., Started], number: int
@@ -545,14 +542,30 @@ def test_the_demo_prints_a_query_that_finds_blocks_and_leaves_nothing_behind(
     assert not any(runs(pid) for pid in family)
 
 
-@needs_service
+def test_on_a_terminal_the_table_is_drawn_in_place() -> None:
+    ours, theirs = pty.openpty()
+    arguments = ["demo", "--port", str(free_port()), "--duration-s", "2", "--interval-s", "0.5"]
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "kvindexer", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, env=environ, stdin=theirs, stdout=theirs, stderr=theirs) as demo:
+        os.close(theirs)
+        drawn = b""
+        with contextlib.suppress(OSError):  # Linux says so when the other end is closed
+            while part := os.read(ours, 65536):
+                drawn += part
+        os.close(ours)
+        assert demo.wait(PATIENCE_S) == 0
+    assert b"engine-3" in drawn
+    assert b"queries/s" in drawn
+    assert b"\x1b[2K" in drawn  # lines are erased and drawn again
+
+
 def test_the_demo_ends_by_itself() -> None:
-    code, out, err = run("demo", "--port", str(free_port()), "--duration-s", "8", "--interval-s", "1")
+    code, out, err = run("demo", "--port", str(free_port()), "--duration-s", "2", "--interval-s", "0.5")
     assert (code, err) == (0, "")
     assert "events/s" in out
 
 
-@needs_service
 def test_a_demo_that_is_killed_leaves_no_orphans(start: Callable[..., Started]) -> None:
     demo = start("demo", "--port", str(free_port()))
     curl_body(demo)

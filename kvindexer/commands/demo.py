@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 def run(options: Namespace) -> int:
     """Show both at work until Ctrl-C; the fleet ends first, then the service, then we."""
-    with Stop(options.duration_s) as stop, ExitStack() as owned:
+    with Stop() as stop, ExitStack() as owned:
         folder = Path(owned.enter_context(TemporaryDirectory(prefix="kvindexer-demo-")))
         port = _port(options.port)
         url = f"http://{HOST}:{port}"
@@ -55,6 +55,7 @@ def run(options: Namespace) -> int:
         out = console()
         if example is not None:
             _explain(out, url, example)
+            stop.after(options.duration_s)
             _show(out, url, options.interval_s, stop, (serve, simulate))
     return 0
 

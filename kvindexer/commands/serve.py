@@ -18,9 +18,9 @@ def run(options: Namespace) -> int:
     settings = load_settings(options.config, overrides(options), os.environ)
     if options.exit_with_stdin:
         exit_with_stdin()
-    from kvindexer import service  # noqa: PLC0415 - a second of imports that a wrong setting needn't wait for
+    from kvindexer.service import run as serve  # noqa: PLC0415 - a wrong setting needn't wait for its imports
 
-    return service.run(settings)
+    return serve(settings)
 
 
 def overrides(options: Namespace) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def run(options: Namespace) -> int:
     """Run engines under traffic until a signal."""
     if options.exit_with_stdin:
         exit_with_stdin()
-    with Stop(options.duration_s) as stop:
+    with Stop() as stop:
+        stop.after(options.duration_s)
         traffic = Example(_traffic(options), options.model, options.example)
         fleet = _fleet(options, traffic)
         try:

@@ -22,10 +22,10 @@ class Stop:
     A SimpleQueue, because its `put` may interrupt its own `get`: an Event set by a handler could find its lock held.
     """
 
-    def __init__(self, after_s: float | None = None) -> None:
+    def __init__(self) -> None:
         self.requested = False
         self._signals: SimpleQueue[int] = SimpleQueue()
-        self._deadline = None if after_s is None else monotonic() + after_s
+        self._deadline: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -35,6 +35,10 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def after(self, seconds: float | None) -> None:
+        """End that long from now, too; None: only when told to."""
+        self._deadline = None if seconds is None else monotonic() + seconds
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Sleep until the time is over or it is time to stop; returns whether it is."""
