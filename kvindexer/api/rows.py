@@ -49,13 +49,8 @@ def requirements(names: Iterable[str] | None) -> Requirements | None:
     return Requirements(**dict.fromkeys(wanted, True))
 
 
-class _Best(NamedTuple):
-    """An instance's best rank so far, in tokens; larger is better."""
-
-    cached: int
-    matched: int
-    block_size: int
-    match: HolderMatch
+_Best = tuple[int, int, int, HolderMatch]
+"""An instance's best rank: cached tokens, matched tokens, block size, the match."""
 
 
 def best_first(found: Iterable[Found], fleet: Fleet, required: Requirements | None) -> list[Match]:
@@ -95,14 +90,14 @@ def _best(found: Iterable[Found]) -> tuple[dict[str, _Best], dict[str, dict[str,
         for match in matches:
             instance = match.instance
             matched = match.usable * size
-            candidate = _Best(match.cached * size, matched, size, match)
+            cached = match.cached * size
             before = best.get(instance)
             if before is None:
-                best[instance] = candidate
+                best[instance] = (cached, matched, size, match)
                 ranks[instance] = {str(match.rank): matched}
                 continue
-            if candidate[:2] > before[:2]:
-                best[instance] = candidate
+            if (cached, matched) > before[:2]:
+                best[instance] = (cached, matched, size, match)
             of_ranks, rank = ranks[instance], str(match.rank)
             of_ranks[rank] = max(matched, of_ranks.get(rank, 0))
     return best, ranks
@@ -113,7 +108,11 @@ def _order(row: Match) -> tuple[int, int, str]:
 
 
 def _tiers(size: int, alone: tuple[int, int, int, int], cumulative: tuple[int, int, int, int]) -> Tiers:
-    gpu, cpu, disk, remote = (
-        TierTokens(own * size, together * size) for own, together in zip(alone, cumulative, strict=True)
+    gpu, cpu, disk, remote = alone
+    to_gpu, to_cpu, to_disk, to_remote = cumulative
+    return Tiers(
+        TierTokens(gpu * size, to_gpu * size),
+        TierTokens(cpu * size, to_cpu * size),
+        TierTokens(disk * size, to_disk * size),
+        TierTokens(remote * size, to_remote * size),
     )
-    return Tiers(gpu, cpu, disk, remote)

@@ -1,0 +1,177 @@
+"""A real server on a real socket for the HTTP tests, with the real index and a fleet that only remembers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import msgpack
+import uvicorn
+
+from kvindexer.api.app import create_app
+from kvindexer.api.fleet import InstanceStatus, SourceReport
+from kvindexer.api.metrics import Metrics
+from kvindexer.events.sources import Registry
+from kvindexer.index.engine import PyIndex
+from kvindexer.settings import Settings
+from kvindexer.types import SourceSpec
+
+NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""The tests speak plain HTTP; loading certificates for each of them would take most of their time."""
+
+LIVE = InstanceStatus("live", sound=True, complete=True, lag_ms=0.0, verified_ms=12.5)
+
+
+@dataclass
+class FakeFleet:
+    """Registered sources and states that tests set by hand; what is registered is attached to the index."""
+
+    index: PyIndex
+    ready: bool = True
+    statuses: dict[str, InstanceStatus] = field(default_factory=dict)
+    counters: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.registry = Registry()
+
+    def register(self, spec: SourceSpec) -> bool:
+        source = self.registry.register(spec)
+        if source is None:
+            return False
+        self.index.attach(source, spec)
+        return True
+
+    def unregister(
+        self, instance: str, *, model: str | None = None, tenant: str | None = None, rank: int | None = None
+    ) -> list[SourceSpec]:
+        removed = self.registry.unregister(instance, model=model, tenant=tenant, rank=rank)
+        for source, _ in removed:
+            self.index.detach(source)
+        return [spec for _, spec in removed]
+
+    def status(self, instance: str) -> InstanceStatus:
+        return self.statuses.get(instance, LIVE)
+
+    def reports(self) -> list[SourceReport]:
+        return [self._report(source, spec) for source, spec in self.registry]
+
+    def _report(self, source: str, spec: SourceSpec) -> SourceReport:
+        status, stats = self.status(spec.instance), self.index.stats(source)
+        values: dict[str, Any] = {"batches": 0, "gaps": 0, "replays": 0, "poison": 0}
+        values |= self.counters.get(source, {})
+        return SourceReport(
+            spec=spec,
+            source=source,
+            state=status.state,
+            why="" if status.state == "live" else "set by the test",
+            sound=status.sound,
+            complete=status.complete,
+            epoch=1,
+            seq=None,
+            lag_ms=status.lag_ms,
+            last_event_s=None,
+            orphans=stats.orphans,
+            blocks=stats.blocks,
+            **values,
+        )
+
+
+class Api:
+    """A running service: its parts, and a client that talks to it."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = Settings(**settings)
+        self.index = PyIndex()
+        self.fleet = FakeFleet(self.index)
+        self.metrics = Metrics()
+        self.app = create_app(self.settings, self.index, self.fleet, self.metrics)
+        self.address = ("", 0)
+        self.client: httpx.Client
+
+    def add(self, instance: str, port: int = 5557, **fields: Any) -> str:
+        """Register a source, blocks of 4 tokens unless told otherwise; returns its identity."""
+        endpoint = f"tcp://{instance}:{port}"
+        values: dict[str, Any] = {"model": "m", "block_size": 4, **fields}
+        self.fleet.register(SourceSpec(instance=instance, endpoint=endpoint, **values))
+        return endpoint
+
+    def store(self, source: str, tokens: Sequence[int], **fields: Any) -> None:
+        """The source has stored the blocks of a prompt."""
+        self.metrics.applied(self.index.apply(source, batch(stored(tokens, **fields))))
+
+    def post(self, path: str, body: Any) -> Any:
+        """The answer to a body, which must be 200 or 201."""
+        response = self.client.post(path, json=body)
+        assert response.status_code in (200, 201), response.text
+        return response.json()
+
+    def refused(self, path: str, body: Any, **options: Any) -> tuple[int, str, str]:
+        """Status, code and hint of an answer that must be an error of the one shape."""
+        content = {"content": body} if isinstance(body, bytes) else {"json": body}
+        return error(self.client.post(path, **content, **options))
+
+
+def error(response: httpx.Response) -> tuple[int, str, str]:
+    """Status, code and hint of an error of the one shape."""
+    assert response.status_code >= 400, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["code", "message", "hint"]
+    assert all(isinstance(value, str) for value in body["error"].values())
+    assert body["error"]["message"]
+    return response.status_code, body["error"]["code"], body["error"]["hint"]
+
+
+@contextmanager
+def serving(**settings: Any) -> Iterator[Api]:
+    """A service on a free port."""
+    api = Api(**settings)
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(api.app, http="httptools", lifespan="off", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    api.address = listener.getsockname()
+    api.client = httpx.Client(
+        base_url=f"http://127.0.0.1:{api.address[1]}", trust_env=False, timeout=30, verify=NO_CERTIFICATES
+    )
+    thread.start()
+    try:
+        with api.client:
+            yield api
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def stored(tokens: Sequence[int], *, block_size: int = 4, first: int = 1, **fields: Any) -> dict[str, Any]:
+    """A vLLM 0.32 event: the full blocks of a prompt; hashes are made of `first` and the block's number."""
+    blocks = len(tokens) // block_size
+    event = {
+        "type": "BlockStored",
+        "block_hashes": [first * 1000 + block for block in range(blocks)],
+        "parent_block_hash": None,
+        "token_ids": list(tokens[: blocks * block_size]),
+        "block_size": block_size,
+        "lora_id": None,
+        "medium": "GPU",
+        "lora_name": None,
+        "extra_keys": [None] * blocks,
+        "group_idx": 0,
+        "kv_cache_spec_kind": "full_attention",
+    }
+    return {**event, **fields}
+
+
+def batch(*events: dict[str, Any], rank: int | None = None) -> bytes:
+    """A published payload."""
+    packed: bytes = msgpack.packb([1.5, list(events), rank])
+    return packed
