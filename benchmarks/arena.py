@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from benchmarks import messages
 from benchmarks.client import BY_HASH, BY_TOKENS, Connection, body_of, is_right, request_of
+from benchmarks.process import Neighbours
 from benchmarks.publish import Fleet
 from benchmarks.results import Results
 from benchmarks.services import Contender, Service
@@ -91,6 +92,7 @@ class Arena:
         self._spools = 0
         self.workload = Workload(scale)
         self.results = Results()
+        self.neighbours = Neighbours()
         self.initial = self.spool(messages.initial(self.workload))
         shared = self.workload.shared_queries()
         odd = self.workload.odd_queries(ODD_QUERIES)

@@ -1,8 +1,9 @@
-"""What a process and its descendants cost, read from /proc: CPU seconds and resident memory."""
+"""What a process and its descendants cost, read from /proc: CPU seconds and resident memory; and who else works."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Final
 
@@ -41,3 +42,23 @@ def peak_mb(pid: int) -> float:
         status = Path(f"/proc/{process}/status").read_text()
         total += int(status.partition("VmHWM:")[2].split()[0]) * 1024
     return total / 1e6
+
+
+class Neighbours:
+    """How much of the machine everybody else used since this was made."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        user, nice, system, _, _, irq, softirq, steal = (
+            int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        )
+        busy = (user + nice + system + irq + softirq + steal) / _TICK
+        return time.monotonic(), busy, cpu_s(os.getpid())
+
+    def share(self) -> float:
+        """Share of all cores that neither this process nor its descendants used, stolen time included."""
+        wall, busy, own = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        return max(busy - own, 0.0) / wall / (os.cpu_count() or 1)

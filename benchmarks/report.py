@@ -93,6 +93,7 @@ def circumstances(arena: Arena, contenders: Sequence[Contender], absent: Sequenc
         f"Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         f"Services: {versions}" + "".join(f"; {name} was not installed and is left out" for name in absent),
         f"Machine: {_processor()}, {shared}",
+        f"Neighbours: other processes took {arena.neighbours.share():.0%} of the machine meanwhile",
         f"Linux {platform.release()}, Python {platform.python_version()}; 8 connections driven by {client}",
         f"Workload: {scale.engines} engines, {entries}",
         f"Queries: {queries}",
