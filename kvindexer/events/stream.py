@@ -433,9 +433,11 @@ class Stream:
     def _first_reply(self, replay: _Replay, seq: int, digest: bytes) -> list[Action]:
         match replay.purpose:
             case Purpose.SYNC:
-                replay.from_zero = seq == 0
-                if seq:
+                bridge = self._bridge(seq)
+                replay.from_zero = self._expected == seq and (not seq or (bool(bridge) and bridge[0].seq == 0))
+                if not replay.from_zero:
                     self.why = f"joined late: the replay buffer begins at seq {seq}"
+                return list(bridge)
             case Purpose.REBUILD if seq == 0:
                 replay.from_zero = True
                 self.last_seq = None
@@ -446,6 +448,9 @@ class Stream:
                 replay.abandoned = True
                 self._holes = False  # for good: nobody has what is missing
             case Purpose.CHECK if seq != self.last_seq:
+                bridged = [] if self._disconnected_since_last else self._bridge(seq)
+                if self._expected == seq:
+                    return list(bridged)
                 away = ", after a disconnect" if self._disconnected_since_last else ""
                 self._flags_off(f"the replay buffer begins behind the last message{away}")
                 self._holes = False
@@ -456,6 +461,18 @@ class Stream:
             case Purpose.CHECK:
                 pass
         return []
+
+    def _bridge(self, seq: int) -> list[Apply]:
+        """Apply the held frames directly before `seq`, if they leave no hole: the buffer no longer has them."""
+        start = seq
+        while start - 1 in self._held:
+            start -= 1
+        if self.last_seq is not None and start > self._expected:
+            return []
+        chain = [(held, self._held[held][0]) for held in range(max(start, self._expected), seq)]
+        for held, _ in chain:
+            self._release(held)
+        return [self._apply(held, payload, xxh3_128_digest(payload)) for held, payload in chain]
 
     def _drain(self, now: float, *, patient: bool = True) -> list[Action]:
         """Apply held frames in order; at a hole ask again as long as that brings something new."""

@@ -6,7 +6,8 @@ of RFC #1527 `{"event_type": "stored", ...}` (Mooncake), or any of these packed 
 (llm-d).  The first byte of an event tells which, so one batch may mix them.
 
 Each event is decoded by itself: one that can't be read, or has an unknown tag, is counted in `Batch.skipped` and
-costs nothing else.  Unknown fields and positions are ignored, missing ones have their defaults.
+costs nothing else.  Unknown fields and positions are ignored, missing ones have their defaults.  An empty LoRA
+name is none, as it is in queries and registrations.
 
 Invariant: whatever the bytes, `decode_batch` returns a batch or raises `WireError`, nothing else.
 """
@@ -291,7 +292,7 @@ def _from_wire(event: _StoredMap | _RemovedMap | _ClearedMap | _StoredArray | _R
         event.token_ids or [],
         event.block_size or 0,
         event.lora_id,
-        event.lora_name,
+        event.lora_name or None,
         event.medium,
         extra_keys,
         event.group_idx or 0,
@@ -305,11 +306,12 @@ def _from_wire(event: _StoredMap | _RemovedMap | _ClearedMap | _StoredArray | _R
 def _salted(salt: object, blocks: int, parent: int | None) -> list[Any] | None:
     """SGLang's salt as extra keys of a prompt's first block.
 
-    A salt that is no plain text is kept as opaque bytes: such a block matches nobody who does not know them.
+    A salt that is no plain text is kept as opaque bytes: such a block matches nobody who does not know them.  An
+    empty text is no salt, here as in queries.
     """
     if isinstance(salt, dict):
         salt = salt.get("cache_salt", salt or None)
-    if salt is None or parent is not None or not blocks:
+    if salt is None or salt == "" or parent is not None or not blocks:
         return None
     key = salt if isinstance(salt, str) else msgspec.msgpack.encode(salt)
     return [[key]] + [None] * (blocks - 1)
@@ -344,7 +346,7 @@ def _from_rfc1527(event: _Rfc1527) -> Event:
                 _parent(parent),
                 event.token_ids or [],
                 event.block_size or 0,
-                lora_name=event.lora_name,
+                lora_name=event.lora_name or None,
                 medium=event.medium,
                 group=event.group_idx or 0,
                 ownership=ownership,
