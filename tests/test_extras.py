@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 from struct import pack, unpack_from
 from typing import NamedTuple
 
@@ -13,9 +15,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
-from kvindexer.tokenization.extras import MultimodalItem, event_extras, lora_extras, prompt_extras
+from kvindexer.tokenization.extras import MultimodalItem, _Tag, event_extras, lora_extras, prompt_extras
 
 LORA_NAME, LORA_ID, MULTIMODAL, PROMPT_EMBEDS, BARE, SALT = range(1, 7)
+
+DOCS = Path(__file__).parent.parent / "docs" / "extras.md"
 
 thorough = hypothesis_settings(max_examples=400, deadline=None, derandomize=True)
 
@@ -84,6 +88,12 @@ def test_golden_bytes_of_queries() -> None:
 def test_no_full_block_has_no_extras() -> None:
     """Trap 12: a prompt shorter than a block has no block to which anything could belong."""
     assert prompt_extras(0, 16, lora="la", cache_salt="s", multimodal=[MultimodalItem("img", 0, 5)]) == {}
+
+
+def test_the_docs_list_every_tag() -> None:
+    """The table of `docs/extras.md` has the tags of the code, in their order."""
+    rows = re.findall(r"^\| (\d) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert list(map(int, rows)) == [tag.value for tag in _Tag] == list(range(1, 7))
 
 
 # No two lists alike ----------------------------------------------------------------------------------------------
