@@ -128,6 +128,7 @@ def test_trap_14_gap_older_than_the_buffer_is_shown() -> None:
         async def scenario(fleet: LiveFleet) -> None:
             fleet.register(spec_of(engine))
             await connected(engine)
+            await flags(fleet, sound=True, complete=True)
             traffic(engine, 5)
             await agrees(fleet, engine)
             last = engine.last_seq or 0
