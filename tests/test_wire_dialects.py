@@ -67,8 +67,9 @@ def test_trap_9_sglang_salt_is_found_wherever_it_stands(behind: list[Any]) -> No
         ["GPU", "text", ["attention"], 5],
         ["GPU", {}],
         ["GPU", {"cache_salt": None}],
+        ["GPU", {"cache_salt": ""}],
     ],
-    ids=["nil", "types", "other types of values", "empty dict", "nil salt"],
+    ids=["nil", "types", "other types of values", "empty dict", "nil salt", "empty salt"],
 )
 def test_trap_1_sglang_positions_without_a_salt_are_ignored(behind: list[Any]) -> None:
     """What vLLM has there (LoRA name, extra keys, group) is never read from an SGLang array."""
@@ -262,6 +263,15 @@ def test_a_map_may_name_the_medium_that_was_cleared() -> None:
     """A store with several media says which of them is empty; arrays have no room for it."""
     events = ({"type": "AllBlocksCleared", "medium": "DISK"}, ["AllBlocksCleared"])
     assert batch(*events, dialect="store").events == [AllBlocksCleared("DISK"), AllBlocksCleared()]
+
+
+def test_trap_9_an_empty_lora_name_is_none() -> None:
+    """Publishers without optional strings send "" for the base model; queries read "" as none too."""
+    fields = {"block_hashes": [1], "token_ids": [1], "block_size": 1, "lora_name": ""}
+    assert batch({"type": "BlockStored", **fields}, dialect="vllm").events == [BlockStored([1], None, [1], 1)]
+    assert batch({"event_type": "stored", **fields}, dialect="mooncake").events == [BlockStored([1], None, [1], 1)]
+    as_array = ["BlockStored", [1], None, [1], 1, None, "GPU", ""]
+    assert batch(as_array, dialect="vllm").events == [BlockStored([1], None, [1], 1, medium="GPU")]
 
 
 @pytest.mark.parametrize("dialect", SOURCE_TYPES)
