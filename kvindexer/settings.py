@@ -204,10 +204,6 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Longest stretch of ingest in milliseconds before waiting queries get their turn.",
     )
-    poison_limit: Count = Field(
-        default=16,
-        description="Unreadable batches in a row after which a source is neither sound nor complete.",
-    )
 
     @classmethod
     def settings_customise_sources(

@@ -205,10 +205,10 @@ def test_every_command_is_in_the_readme(command: str) -> None:
         ["query", "--model", "m", "--url", "http://127.0.0.1:99999"],
         ["serve", "--port", "abc"],
         ["serve", "--config", "none.yaml"],
-        ["serve", "--set", "poison_limit"],
-        ["serve", "--set", "poison_limit=0"],
+        ["serve", "--set", "max_concurrent_replays"],
+        ["serve", "--set", "max_concurrent_replays=0"],
         ["serve", "--set", "nonsense=1"],
-        ["serve", "--set", "poison_limit=1", "--set", "poison_limit=2"],
+        ["serve", "--set", "max_concurrent_replays=1", "--set", "max_concurrent_replays=2"],
         ["serve", "--source", "instance=pod-a"],
     ],
 )
@@ -223,7 +223,7 @@ def test_a_setting_that_cannot_be_used_takes_one_line() -> None:
     assert (code, out) == (2, "")
     assert err.startswith("kvindexer: setting port: 'abc' is not usable, expected a valid integer")
     assert err.count("\n") == 1
-    assert run("serve", KVINDEXER_POISON_LIMIT="x")[2].startswith("kvindexer: setting poison_limit: 'x' is not")
+    assert run("serve", KVINDEXER_MAX_CONCURRENT_REPLAYS="x")[2].startswith("kvindexer: setting max_concurrent_replays: 'x' is not")
 
 
 def test_flags_become_settings() -> None:
@@ -232,7 +232,7 @@ def test_flags_become_settings() -> None:
         "--port",
         "0",
         "--set",
-        "poison_limit=3",
+        "max_concurrent_replays=3",
         "--set",
         "media={a: cpu}",
         "--source",
@@ -242,7 +242,7 @@ def test_flags_become_settings() -> None:
     ]
     assert overrides(parser().parse_args(given)) == {
         "port": "0",
-        "poison_limit": "3",
+        "max_concurrent_replays": "3",
         "media": "{a: cpu}",
         "sources": ["a", "b"],
     }

@@ -44,9 +44,9 @@ def test_defaults_listen_on_the_own_machine_only() -> None:
 
 def test_a_higher_layer_wins(tmp_path: Path) -> None:
     config = write(tmp_path, "max_candidates: 2\nmax_sources: 2\n")
-    environ = {"KVINDEXER_MAX_CANDIDATES": "1", "KVINDEXER_MAX_SOURCES": "1", "KVINDEXER_POISON_LIMIT": "1"}
+    environ = {"KVINDEXER_MAX_CANDIDATES": "1", "KVINDEXER_MAX_SOURCES": "1", "KVINDEXER_MAX_CONCURRENT_REPLAYS": "1"}
     settings = load_settings(config, {"max_candidates": "3"}, environ)
-    assert (settings.max_candidates, settings.max_sources, settings.poison_limit) == (3, 2, 1)
+    assert (settings.max_candidates, settings.max_sources, settings.max_concurrent_replays) == (3, 2, 1)
 
 
 def test_the_constructor_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
