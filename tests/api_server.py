@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from time import sleep
 from typing import Any
 
 import httpx
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import uvicorn
+import uvloop
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvindexer.api.app import create_app
 from kvindexer.api.fleet import InstanceStatus, SourceReport
@@ -130,26 +133,45 @@ def error(response: httpx.Response) -> tuple[int, str, str]:
     return response.status_code, body["error"]["code"], body["error"]["hint"]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to do."""
+    for _ in range(1000):
+        if condition():
+            return
+        sleep(0.01)
+    raise AssertionError("it did not come true")
+
+
 @contextmanager
 def serving(**settings: Any) -> Iterator[Api]:
-    """A service on a free port."""
+    """A service of its own, reached through the one server that all tests share."""
+    host = _host()
     api = Api(**settings)
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(api.app, http="httptools", lifespan="off", log_config=None, access_log=False)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-    api.address = listener.getsockname()
+    api.address = host.address
     api.client = httpx.Client(
         base_url=f"http://127.0.0.1:{api.address[1]}", trust_env=False, timeout=30, verify=NO_CERTIFICATES
     )
-    thread.start()
-    try:
-        with api.client:
-            yield api
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
+    host.app = api.app
+    with api.client:
+        yield api
+
+
+class _Host:
+    """Uvicorn on a real socket, in a thread that ends with the process: its start and stop cost more than a test."""
+
+    def __init__(self) -> None:
+        self.app: ASGIApp
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._listener.getsockname()
+        config = uvicorn.Config(self, http="httptools", lifespan="off", log_config=None, access_log=False)
+        serve = uvicorn.Server(config).serve(sockets=[self._listener])
+        threading.Thread(target=uvloop.run, args=(serve,), daemon=True).start()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
+_host = cache(_Host)
 
 
 def stored(tokens: Sequence[int], *, block_size: int = 4, first: int = 1, **fields: Any) -> dict[str, Any]:

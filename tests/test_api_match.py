@@ -75,7 +75,7 @@ def test_a_row_says_everything_about_an_instance(api: Api) -> None:
 
 
 def test_tiers_alone_and_cumulative_as_in_the_designs_worked_example(api: Api) -> None:
-    """gpu holds blocks 0-3, cpu 2-7, of 10: union 8, gpu alone 4, cpu alone 0, cumulative gpu 4, cpu 8, disk 8."""
+    """Gpu holds blocks 0-3, cpu 2-7, of 10: union 8, gpu alone 4, cpu alone 0, cumulative gpu 4, cpu 8, disk 8."""
     source = api.add("pod-a", offload_connector=True)
     whole = stored(PROMPT)
     removed = {"type": "BlockRemoved", "block_hashes": whole["block_hashes"][4:], "medium": "GPU", "group_idx": 0}
@@ -144,12 +144,9 @@ def test_keys_may_be_signed(api: Api) -> None:
 
 @pytest.mark.parametrize("name", ["lora", "cache_salt", "additional_salt", "tenant"])
 def test_trap_9_other_lora_salt_tenant_or_deployment_never_matches(api: Api, name: str) -> None:
-    field = {"lora": "lora_name", "cache_salt": "extra_keys"}.get(name)
-    spec = {} if field else {name: "x"}
-    extras = {"lora_name": "x"} if name == "lora" else {}
-    if name == "cache_salt":
-        extras = {"extra_keys": [["x"], *[None] * 9]}
-    api.store(api.add("with", **spec), PROMPT, **extras)
+    spec: dict[str, Any] = {} if name in ("lora", "cache_salt") else {name: "x"}
+    extras: dict[str, Any] = {"lora": {"lora_name": "x"}, "cache_salt": {"extra_keys": [["x"], *[None] * 9]}}
+    api.store(api.add("with", **spec), PROMPT, **extras.get(name, {}))
     api.store(api.add("without"), PROMPT)
     with_it = figures(match(api, **{name: "x"}))
     assert with_it == {"with": 40}
@@ -209,7 +206,7 @@ def test_trap_11_a_prompt_beyond_the_limit_is_an_error_and_no_miss() -> None:
         assert figures(match(api)) == {"pod-a": 40}
         longer = [*PROMPT, 1]
         packed = base64.b64encode(struct.pack("<41I", *longer)).decode()
-        for body in ({"tokens": longer}, {"tokens_b64": packed}, {"keys": keys(PROMPT) + [1]}):
+        for body in ({"tokens": longer}, {"tokens_b64": packed}, {"keys": [*keys(PROMPT), 1]}):
             status, code, hint = api.refused("/v1/match", {"model": "m", **body})
             assert (status, code) == (413, "too_large")
             assert "max_prompt_tokens" in hint

@@ -87,9 +87,9 @@ def test_fields_of_a_source_beyond_the_rfc_are_taken_and_unknown_ones_ignored(ap
 
 
 def test_registering_the_same_again_is_fine_and_a_contradiction_is_a_conflict(api: Api) -> None:
-    for body, status in ((MOONCAKE, 200), (DYNAMO, 201)):
-        assert api.client.post("/register", json=body).status_code == status
-        assert api.client.post("/register", json=body).status_code == status
+    for body, expected in ((MOONCAKE, 200), (DYNAMO, 201)):
+        assert api.client.post("/register", json=body).status_code == expected
+        assert api.client.post("/register", json=body).status_code == expected
         status, code, hint = api.refused("/register", {**body, "block_size": 8})
         assert (status, code) == (409, "conflict")
         assert "unregister" in hint
@@ -104,6 +104,7 @@ def test_registering_the_same_again_is_fine_and_a_contradiction_is_a_conflict(ap
         ({"instance_id": ""}, (422, "invalid_request")),
         ({"instance_id": -1}, (422, "invalid_request")),
         ({"instance_id": 1.5}, (422, "invalid_request")),
+        ({"instance_id": 2**64}, (422, "invalid_request")),
         ({"block_size": 0}, (422, "invalid_request")),
         ({"block_size": "16"}, (422, "invalid_request")),
         ({"dp_rank": -1}, (422, "invalid_request")),
@@ -196,7 +197,8 @@ def test_workers_lists_instances_with_the_fields_of_dynamos_list(api: Api) -> No
 
 
 @pytest.mark.parametrize(
-    ("registered", "shown"), [("18446744073709551615", 2**64 - 1), ("18446744073709551616",) * 2, ("007",) * 2, ("٣",) * 2]
+    ("registered", "shown"),
+    [("18446744073709551615", 2**64 - 1), ("18446744073709551616",) * 2, ("007",) * 2, ("٣",) * 2],
 )
 def test_workers_shows_integers_only_where_one_was_registered(api: Api, registered: str, shown: int | str) -> None:
     api.post("/register", {**MOONCAKE, "instance_id": registered})

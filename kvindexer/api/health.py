@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.metrics import CONTENT_TYPE, STATES, Metrics
@@ -51,6 +51,9 @@ class ReadyAnswer(msgspec.Struct):
     ready: bool
 
 
+ANSWERS: Final = (HealthAnswer, ReadyAnswer)
+
+
 def routes(fleet: Fleet, metrics: Metrics) -> APIRouter:
     """The three routes."""
     router = APIRouter(tags=["Operation"])
@@ -63,7 +66,7 @@ def routes(fleet: Fleet, metrics: Metrics) -> APIRouter:
     async def ready() -> Response:
         return Response(_encode(ReadyAnswer(fleet.ready)), 200 if fleet.ready else 503, media_type="application/json")
 
-    @router.get("/metrics", summary="Metrics in Prometheus' text format")
+    @router.get("/metrics", summary="Metrics in Prometheus' text format", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 

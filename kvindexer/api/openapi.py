@@ -44,9 +44,9 @@ def request_body(kind: type[msgspec.Struct]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {JSON: {"schema": _ref(kind)}}}}
 
 
-def answer_body(kind: type[msgspec.Struct], *statuses: int) -> dict[int | str, dict[str, Any]]:
+def answer_body(kind: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
     """Description of a route's answer, by default with status 200."""
-    content = {"description": (kind.__doc__ or "").partition("\n")[0], "content": {JSON: {"schema": _ref(kind)}}}
+    content = {"description": "The answer", "content": {JSON: {"schema": _schema(kind)}}}
     return dict.fromkeys(statuses or (200,), content)
 
 

@@ -71,6 +71,8 @@ def source_of(body: Registration) -> SourceSpec:
     model = one_of(body, "model", "modelname", "model_name")
     if model is None:
         raise RequestError("invalid_request", "there is no model", "give modelname or model_name", status=422)
+    if isinstance(body.instance_id, int) and body.instance_id >= 2**64:
+        raise RequestError("invalid_request", "instance_id has more than 64 bits", "give it as a string", status=422)
     spec = SourceSpec(
         instance=str(body.instance_id),
         model=model,

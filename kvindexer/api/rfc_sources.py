@@ -5,7 +5,7 @@ An integer `instance_id` is Dynamo's way and is answered in Dynamo's way; a stri
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -14,33 +14,84 @@ from fastapi.responses import Response
 from kvindexer.api.decoding import reader
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.lookup import DEFAULT_TENANT
-from kvindexer.api.openapi import request_body
+from kvindexer.api.openapi import answer_body, request_body
 from kvindexer.api.registration import Registration, Unregistration, source_of
 from kvindexer.api.schemas import one_of
 from kvindexer.errors import RequestError
 
 _STATUS: Final = {"live": "active", "syncing": "pending", "stale": "stale", "gone": "failed"}
 """Our states in Dynamo's words, as far as it has some."""
+_WORST_FIRST: Final = ("failed", "stale", "pending", "active")
 
 _encode = msgspec.json.Encoder().encode
 _read_registration = reader(Registration)
 _read_unregistration = reader(Unregistration)
 
 
+class Registered(msgspec.Struct, omit_defaults=True):
+    """The publisher is followed; `instance_id` only in Mooncake's dialect (200), Dynamo's is 201."""
+
+    status: str
+    instance_id: str | None = None
+
+
+class Unregistered(msgspec.Struct, omit_defaults=True):
+    """The publishers are forgotten; which ones only in Mooncake's dialect: instance|tenant|rank."""
+
+    status: str
+    removed_instances: list[str] | None = None
+
+
+class Listener(msgspec.Struct):
+    """Where one rank publishes, and whether it is heard."""
+
+    endpoint: str
+    status: str
+
+
+class Worker(msgspec.Struct):
+    """An instance with one model, tenant, type and block size; fields of both dialects."""
+
+    instance_id: int | str
+    source: str
+    type: str
+    status: str
+    model_name: str
+    modelname: str
+    routing_group: str
+    tenant_id: str
+    block_size: int
+    endpoints: dict[str, str]
+    listeners: dict[str, Listener]
+
+
+ANSWERS: Final = (Registered, Unregistered, Worker)
+
+
 def routes(fleet: Fleet) -> APIRouter:
     """The three routes."""
     router = APIRouter(tags=["RFC #1403"])
 
-    @router.post("/register", summary="Follow a publisher", openapi_extra=request_body(Registration))
+    @router.post(
+        "/register",
+        summary="Follow a publisher",
+        openapi_extra=request_body(Registration),
+        responses=answer_body(Registered, 200, 201),
+    )
     async def register(request: Request) -> Response:
         body = _read_registration(await request.body())
         spec = source_of(body)
         fleet.register(spec)
         if isinstance(body.instance_id, int):
-            return _json({"status": "ok"}, 201)
-        return _json({"status": "registered successfully", "instance_id": spec.instance})
+            return _json(Registered("ok"), 201)
+        return _json(Registered("registered successfully", spec.instance))
 
-    @router.post("/unregister", summary="Forget publishers", openapi_extra=request_body(Unregistration))
+    @router.post(
+        "/unregister",
+        summary="Forget publishers",
+        openapi_extra=request_body(Unregistration),
+        responses=answer_body(Unregistered),
+    )
     async def unregister(request: Request) -> Response:
         body = _read_unregistration(await request.body())
         instance = str(body.instance_id)
@@ -56,11 +107,11 @@ def routes(fleet: Fleet) -> APIRouter:
                 status=404,
             )
         if of_dynamo:
-            return _json({"status": "ok"})
+            return _json(Unregistered("ok"))
         names = [f"{spec.instance}|{spec.tenant}|{spec.rank}" for spec in removed]
-        return _json({"status": "unregistered successfully", "removed_instances": names})
+        return _json(Unregistered("unregistered successfully", names))
 
-    @router.get("/workers", summary="Registered instances")
+    @router.get("/workers", summary="Registered instances", responses=answer_body(list[Worker]))
     async def workers(
         model_name: str | None = None, routing_group: str | None = None, tenant_id: str | None = None
     ) -> Response:
@@ -75,32 +126,32 @@ def routes(fleet: Fleet) -> APIRouter:
     return router
 
 
-def _workers(reports: list[SourceReport]) -> list[dict[str, Any]]:
-    """One entry an instance, model, tenant and block size, with the endpoint and state of each of its ranks."""
-    entries: dict[tuple[object, ...], dict[str, Any]] = {}
+def _workers(reports: list[SourceReport]) -> list[Worker]:
+    """One entry an instance, model, tenant, type and block size, with the endpoint and state of each rank."""
+    entries: dict[tuple[object, ...], Worker] = {}
     for report in reports:
         spec = report.spec
-        entry = entries.setdefault(
-            (spec.instance, spec.model, spec.tenant, spec.type, spec.block_size),
-            {
-                "instance_id": _instance_id(spec.instance),
-                "source": "zmq",
-                "type": spec.type,
-                "model_name": spec.model,
-                "modelname": spec.model,
-                "routing_group": spec.tenant,
-                "tenant_id": spec.tenant,
-                "block_size": spec.block_size,
-                "endpoints": {},
-                "listeners": {},
-            },
-        )
-        status = _STATUS.get(report.state, report.state)
-        entry["endpoints"][str(spec.rank)] = spec.endpoint
-        entry["listeners"][str(spec.rank)] = {"endpoint": spec.endpoint, "status": status}
-    for entry in entries.values():
-        states = {listener["status"] for listener in entry["listeners"].values()}
-        entry["status"] = next((status for status in reversed(_STATUS.values()) if status in states), "active")
+        key = (spec.instance, spec.model, spec.tenant, spec.type, spec.block_size)
+        worker = entries.get(key)
+        if worker is None:
+            worker = entries[key] = Worker(
+                instance_id=_instance_id(spec.instance),
+                source="zmq",
+                type=spec.type,
+                status="",
+                model_name=spec.model,
+                modelname=spec.model,
+                routing_group=spec.tenant,
+                tenant_id=spec.tenant,
+                block_size=spec.block_size,
+                endpoints={},
+                listeners={},
+            )
+        worker.endpoints[str(spec.rank)] = spec.endpoint
+        worker.listeners[str(spec.rank)] = Listener(spec.endpoint, _STATUS[report.state])
+    for worker in entries.values():
+        statuses = {listener.status for listener in worker.listeners.values()}
+        worker.status = next(status for status in _WORST_FIRST if status in statuses)
     return list(entries.values())
 
 

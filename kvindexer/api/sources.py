@@ -5,6 +5,8 @@ Nothing secret: no salts, no tokens, no hashes.
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -66,6 +68,9 @@ class SourcesAnswer(msgspec.Struct):
 
     sources: list[SourceEntry]
     totals: Totals
+
+
+ANSWERS: Final = (SourcesAnswer,)
 
 
 def routes(fleet: Fleet, metrics: Metrics) -> APIRouter:
