@@ -20,6 +20,7 @@ from kvindexer.testing.faults import Faults
 from kvindexer.testing.fleet import FleetCounters, SimulatedFleet, StickyRouter
 from kvindexer.testing.hashing import MultimodalItem
 from kvindexer.testing.other_dialects import LlmdFs, MooncakeStore, Sglang
+from kvindexer.testing.proxy import FaultProxy, LinkFaults
 from kvindexer.testing.publisher import Publisher
 from kvindexer.testing.recording import Player, RecordedFrame, play, read_recording
 from kvindexer.testing.request import Request, Result
@@ -35,9 +36,11 @@ __all__ = [
     "Dialect",
     "Event",
     "FakeEngine",
+    "FaultProxy",
     "Faults",
     "FleetCounters",
     "HashForm",
+    "LinkFaults",
     "LlmdFs",
     "MooncakeStore",
     "MultimodalItem",
