@@ -46,7 +46,10 @@ def _version(python: str, distribution: str, module: str) -> str | None:
         "import importlib.util as u, importlib.metadata as m, sys\n"
         f"sys.exit(1) if u.find_spec({module!r}) is None else print(m.version({distribution!r}))"
     )
-    done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False)
+    except OSError:  # no such interpreter
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
