@@ -1,0 +1,90 @@
+"""Whatever is sent: an answer, or an error of the one shape, never a fault; and the service goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from api_server import Api, error, serving
+
+PROMPT = list(range(40))
+FIELDS = {
+    "/v1/match": (
+        *("model", "tokens", "tokens_b64", "keys", "prompt_tokens", "block_size", "tenant", "lora", "cache_salt"),
+        *("additional_salt", "multimodal", "candidates", "require"),
+    ),
+    "/query": (
+        *("model", "modelname", "model_name", "token_ids", "tenant_id", "routing_group", "block_size", "lora_name"),
+        *("lora_id", "cache_salt", "additionalsalt", "additional_salt", "instance_id"),
+    ),
+    "/query_by_hash": (
+        "model",
+        "model_name",
+        "seq_hashes",
+        "block_hash",
+        "block_hashes",
+        "block_size",
+        "instance_id",
+    ),
+    "/register": (
+        *("instance_id", "endpoint", "block_size", "model", "modelname", "model_name", "type", "replay_endpoint"),
+        *("tenant_id", "lora_name", "dp_rank", "additionalsalt", "topic", "tier", "readers", "report_mode"),
+        *("offload_blocks_per_chunk", "offload_connector", "speculative_blocks", "durable_tiers"),
+    ),
+    "/unregister": ("instance_id", "model", "model_name", "tenant_id", "routing_group", "dp_rank"),
+}
+LIKELY: st.SearchStrategy[Any] = st.sampled_from(
+    [
+        *("m", "pod-a", "", "default", "vLLM", "tcp://127.0.0.1:1", "AAAAAA==", "live", "\x00", "\ud800", "\udc00x"),
+        *(0, 1, 4, -1, 2**31, 2**32, 2**63, 2**64 - 1, 2**64, -(2**63), 1.0, True, None),
+        *(PROMPT, [], [-1], [2**64], ["live", "sound"], ["pod-a", "x"], ["pod-a", "\udc00"], [{}]),
+        [{"hash": "x", "offset": 3, "length": 2}],
+        [{"hash": "\udc00", "offset": 2**32, "length": 2**32}],
+    ]
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[Api]:
+    with serving() as running:
+        running.store(running.add("pod-a"), PROMPT)
+        yield running
+
+
+def check(api: Api, path: str, content: bytes) -> None:
+    """An answer or a proper error, and then still a right answer."""
+    response = api.client.post(path, content=content)
+    if response.status_code not in (200, 201):
+        assert error(response)[0] in (400, 404, 409, 413, 422), response.text
+
+
+@pytest.mark.parametrize("path", FIELDS)
+@settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_values_in_any_fields(api: Api, path: str, data: st.DataObject) -> None:
+    body: dict[str, Any] = {"model": "m"}
+    body |= data.draw(st.dictionaries(st.sampled_from(FIELDS[path]), LIKELY | ANYTHING))
+    check(api, path, json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("path", FIELDS)
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=st.binary(max_size=200) | st.text(max_size=50).map(json.dumps).map(str.encode))
+def test_any_bytes(api: Api, path: str, content: bytes) -> None:
+    check(api, path, content)
+
+
+def test_after_all_that_the_answer_is_still_right(api: Api) -> None:
+    api.store(api.add("pod-b"), PROMPT)
+    (row,) = api.post("/v1/match", {"model": "m", "tokens": PROMPT, "candidates": ["pod-b"]})["matches"]
+    assert row["matched_tokens"] == 40
