@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Final
 
 import uvicorn
 import uvloop
@@ -32,6 +34,10 @@ from kvindexer.index.seam import Index, IndexLimits
 from kvindexer.settings import Settings
 
 _log = logging.getLogger(__name__)
+
+DESCRIPTORS_A_SOURCE: Final = 6
+"""SUB, its monitor's two ends, the TCP connection, and now and then a replay with its own."""
+SPARE_DESCRIPTORS: Final = 1024
 
 
 def open_index(settings: Settings, least_trusted: LeastTrusted) -> Index:
@@ -81,11 +87,28 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         await _Server(config).serve(sockets=[listener])
 
 
+def _raise_descriptor_limit(settings: Settings) -> None:
+    """Room for every source's sockets, as far as the operating system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS_A_SOURCE * settings.max_sources + SPARE_DESCRIPTORS
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        _log.warning(
+            "only %d open files are allowed (RLIMIT_NOFILE): enough for about %d sources, not for max_sources=%d",
+            allowed,
+            max(0, allowed - SPARE_DESCRIPTORS) // DESCRIPTORS_A_SOURCE,
+            settings.max_sources,
+        )
+
+
 def run(settings: Settings) -> int:
     """Serve until a signal; returns the exit status."""
     logging.basicConfig(
         stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    _raise_descriptor_limit(settings)
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)

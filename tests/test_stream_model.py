@@ -12,7 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvindexer.events.stream import Apply, Ask, Drop, State, Stream, StreamSettings, Withdraw
+from kvindexer.events.states import Apply, Ask, Drop, State, Withdraw
+from kvindexer.events.stream import Stream, StreamSettings
 
 BUFFER_STEPS = 12
 Message = tuple[int, bytes]

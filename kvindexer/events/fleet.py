@@ -10,6 +10,7 @@ Invariant: whatever a source sends or does, the others go on; what a source lost
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -18,8 +19,9 @@ from typing import Protocol
 
 from kvindexer.errors import KvIndexerError, WireError
 from kvindexer.events.sources import Registry
+from kvindexer.events.states import State
 from kvindexer.events.status import InstanceStatus, SourceReport
-from kvindexer.events.stream import State, Stream, StreamSettings
+from kvindexer.events.stream import Stream, StreamSettings
 from kvindexer.events.subscriber import Subscriber, SubscriberSettings
 from kvindexer.index.seam import Change, Index
 from kvindexer.index.topology import is_store
@@ -30,6 +32,8 @@ from kvindexer.types import TIERS, SourceSpec, Tier
 _log = logging.getLogger(__name__)
 _TRUST = {State.GONE: 0, State.STALE: 1, State.SYNCING: 2, State.LIVE: 3}
 _STATUS_AGE_S = 0.25
+_JITTER = 0.2
+"""How far probes and retries of different sources are spread, so that a fleet does not ask in one voice."""
 _LOST_EVENTS = ("bad_event", "over_bound")
 
 LeastTrusted = Callable[[], Iterable[str]]
@@ -125,15 +129,16 @@ class LiveFleet:
         if source is None:
             return False
         settings = self.settings
+        spread = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - spreads load, guards nothing
         stream = Stream(
             StreamSettings(
                 replayable=spec.replay is not None,
                 held_max_frames=settings.held_max_frames,
                 held_max_bytes=settings.held_max_bytes,
-                probe_interval_s=settings.probe_interval_s,
+                probe_interval_s=settings.probe_interval_s * spread,
                 stale_after_s=settings.stale_after_s,
                 gone_after_s=settings.gone_after_s,
-                retry_min_s=settings.replay_retry_min_s,
+                retry_min_s=settings.replay_retry_min_s * spread,
                 retry_max_s=settings.replay_retry_max_s,
             )
         )

@@ -26,94 +26,23 @@ repaired or takes the flags off; a source never goes dark, whatever its replay s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final
 
 from xxhash import xxh3_128_digest
 
+from kvindexer.events.held import HeldFrames
+from kvindexer.events.states import TRANSITIONS, Action, Apply, Ask, Drop, Purpose, Signal, State, Withdraw
 from kvindexer.types import Epoch, Seq
 
 _RECENT_DIGESTS: Final = 256
-
-
-class State(Enum):
-    """Whether the source is heard."""
-
-    SYNCING = "syncing"
-    LIVE = "live"
-    STALE = "stale"
-    GONE = "gone"
-
-
-class Signal(Enum):
-    """What moves a source from state to state."""
-
-    SYNCED = "replay or first frame in"
-    NEW_LIFE = "new life"
-    SILENCE = "silent for stale_after_s"
-    LONG_SILENCE = "silent for gone_after_s"
-    HEARD = "heard again"
-
-
-TRANSITIONS: Final[dict[tuple[State, Signal], State]] = {
-    (State.SYNCING, Signal.SYNCED): State.LIVE,
-    (State.SYNCING, Signal.NEW_LIFE): State.SYNCING,
-    (State.SYNCING, Signal.SILENCE): State.STALE,
-    (State.LIVE, Signal.NEW_LIFE): State.SYNCING,
-    (State.LIVE, Signal.SYNCED): State.LIVE,
-    (State.LIVE, Signal.SILENCE): State.STALE,
-    (State.STALE, Signal.SYNCED): State.LIVE,
-    (State.STALE, Signal.NEW_LIFE): State.SYNCING,
-    (State.STALE, Signal.HEARD): State.LIVE,
-    (State.STALE, Signal.LONG_SILENCE): State.GONE,
-    (State.GONE, Signal.SYNCED): State.LIVE,
-    (State.GONE, Signal.NEW_LIFE): State.SYNCING,
-    (State.GONE, Signal.HEARD): State.SYNCING,
-}
-"""The whole table; a pair that is not in it changes nothing."""
-
-
-class Apply(NamedTuple):
-    """Count this payload into the index."""
-
-    seq: Seq
-    payload: bytes
-
-
-class Ask(NamedTuple):
-    """Request a replay of everything from this seq on, inclusive."""
-
-    start: Seq
-
-
-class Withdraw(NamedTuple):
-    """The source's entries are not to be trusted any more; `everything`: also those that outlive an epoch."""
-
-    reason: str
-    everything: bool
-
-
-class Drop(NamedTuple):
-    """A frame has no effect; `reason` is a short fixed word for counters."""
-
-    reason: str
-
-
-Action = Apply | Ask | Withdraw | Drop
-
-
-class Purpose(Enum):
-    """Why a replay runs."""
-
-    SYNC = "sync"  # nothing is known of this life yet
-    CHECK = "check"  # from the last applied seq: proves the life, finds what was lost
-    REBUILD = "rebuild"  # from 0, because holes are open: only if the buffer still reaches back to 0
 
 
 @dataclass(slots=True)
 class _Replay:
     purpose: Purpose
     start: int
+    connection: int
+    """Which connection of the live socket it was asked on: it proves nothing of later ones."""
     answered: bool = False
     abandoned: bool = False
     from_zero: bool = False
@@ -158,11 +87,11 @@ class Stream:
         self._damaged = False
         """A message of this life said something that could not be read or kept; no replay helps."""
         self._connected = False
+        self._connections = 0
         self._disconnected_since_last = False
         self._live_seq: int | None = None
         self._digests: dict[int, bytes] = {}
-        self._held: dict[int, tuple[bytes, float]] = {}
-        self._held_bytes = 0
+        self._held = HeldFrames(settings.held_max_frames, settings.held_max_bytes)
         self._overflowed = False
         self._replay: _Replay | None = None
         self._retry_s = settings.retry_min_s
@@ -184,13 +113,13 @@ class Stream:
     @property
     def _gap_open(self) -> bool:
         """A hole is known and its replay not through yet."""
-        return bool(self._held) and self.last_seq is not None and min(self._held) > self.last_seq + 1
+        lowest = self._held.lowest()
+        return lowest is not None and self.last_seq is not None and lowest > self._expected
 
     def lag_s(self, now: float) -> float:
         """Age of the oldest frame that was received and not applied."""
-        if not self._held:
-            return 0.0
-        return now - min(received for _, received in self._held.values())
+        oldest = self._held.oldest_at()
+        return 0.0 if oldest is None else now - oldest
 
     @property
     def synced(self) -> bool:
@@ -231,8 +160,7 @@ class Stream:
         return actions + self._in_order(seq, payload, digest, now)
 
     def _digest_of(self, seq: int) -> bytes | None:
-        held = self._held.get(seq)
-        return self._digests.get(seq) if held is None else xxh3_128_digest(held[0])
+        return self._held.digest(seq) or self._digests.get(seq)
 
     def _in_order(self, seq: int, payload: bytes, digest: bytes, now: float) -> list[Action]:
         if seq != self._expected:
@@ -292,10 +220,13 @@ class Stream:
         if replay.abandoned:
             return self._drain(now)
         self.verified_at = now
-        self._disconnected_since_last = False
+        up_to_date = self._connected and replay.connection == self._connections
+        self._disconnected_since_last = self._disconnected_since_last and not up_to_date
         if replay.purpose is not Purpose.CHECK:
             self._sound, self._holes = True, False
             self._complete = replay.from_zero or not replay.answered
+        if self._connected and not up_to_date:
+            return self._check()
         actions = self._drain(now)
         if self._replay is None:
             self._move(Signal.SYNCED, self._why_live())
@@ -318,6 +249,7 @@ class Stream:
         """The transport is up (again)."""
         self.heard_at = now
         self._connected = True
+        self._connections += 1
         if self.state is State.GONE:
             return self._begin_anew(Signal.HEARD)
         if self.state is State.STALE:
@@ -337,7 +269,7 @@ class Stream:
             return []
         # what is held may be of a life that is over; if it is not, the next replay has it
         dropped = [Drop("disconnected") for _ in self._held]
-        self._clear_held()
+        self._held.clear()
         return list(dropped)
 
     def tick(self, now: float) -> list[Action]:
@@ -403,7 +335,7 @@ class Stream:
         return self._ask(Purpose.CHECK, self.last_seq)
 
     def _ask(self, purpose: Purpose, start: int) -> list[Action]:
-        self._replay = _Replay(purpose, start)
+        self._replay = _Replay(purpose, start, self._connections)
         return [Ask(Seq(start))]
 
     def _apply(self, seq: int, payload: bytes, digest: bytes) -> Apply:
@@ -414,20 +346,11 @@ class Stream:
         return Apply(Seq(seq), payload)
 
     def _hold(self, seq: int, payload: bytes, digest: bytes, now: float) -> list[Action]:
-        known = self._held.get(seq)
-        if known is not None:
-            if xxh3_128_digest(known[0]) == digest:
-                return [Drop("duplicate")]
-            self._held_bytes -= len(known[0])
-        settings = self._settings
-        full = (
-            len(self._held) >= settings.held_max_frames or self._held_bytes + len(payload) > settings.held_max_bytes
-        )
-        if full:
+        if self._held.digest(seq) == digest:
+            return [Drop("duplicate")]
+        if not self._held.add(seq, payload, now):
             self._overflowed = True
             return [Drop("held_full")]
-        self._held[seq] = (payload, now)
-        self._held_bytes += len(payload)
         return []
 
     def _first_reply(self, replay: _Replay, seq: int, digest: bytes) -> list[Action]:
@@ -448,9 +371,10 @@ class Stream:
                 replay.abandoned = True
                 self._holes = False  # for good: nobody has what is missing
             case Purpose.CHECK if seq != self.last_seq:
-                bridged = [] if self._disconnected_since_last else self._bridge(seq)
-                if self._expected == seq:
-                    return list(bridged)
+                if not self._disconnected_since_last:
+                    bridged = self._bridge(seq)
+                    if self._expected == seq:
+                        return list(bridged)
                 away = ", after a disconnect" if self._disconnected_since_last else ""
                 self._flags_off(f"the replay buffer begins behind the last message{away}")
                 self._holes = False
@@ -469,24 +393,16 @@ class Stream:
             start -= 1
         if self.last_seq is not None and start > self._expected:
             return []
-        chain = [(held, self._held[held][0]) for held in range(max(start, self._expected), seq)]
-        for held, _ in chain:
-            self._release(held)
-        return [self._apply(held, payload, xxh3_128_digest(payload)) for held, payload in chain]
+        return [self._apply_held(held) for held in range(max(start, self._expected), seq)]
 
     def _drain(self, now: float, *, patient: bool = True) -> list[Action]:
         """Apply held frames in order; at a hole ask again as long as that brings something new."""
         actions: list[Action] = []
-        for seq in sorted(self._held):
-            payload, _ = self._held[seq]
+        for seq in self._held:
             if self.last_seq is not None and seq <= self.last_seq:
-                known = self._digests.get(seq)
-                self._release(seq)
-                if known is not None and known != xxh3_128_digest(payload):
-                    self._held = {seq: (payload, now)}
-                    self._held_bytes = len(payload)
-                    actions += self._new_life("a held message is another one now", keep_held=True)
-                    return actions + (self._ask(Purpose.SYNC, 0) if self._settings.replayable else [])
+                if self._digests.get(seq) not in (None, self._held.digest(seq)):
+                    return actions + self._new_life("a held message is another one now") + self._check()
+                self._held.take(seq)
                 actions.append(Drop("overlap"))
                 continue
             if seq > self._expected:
@@ -497,8 +413,7 @@ class Stream:
                 self._ask_at = now + self._retry_s
             elif self.last_seq is None:
                 self._complete = True
-            self._release(seq)
-            actions.append(self._apply(seq, payload, xxh3_128_digest(payload)))
+            actions.append(self._apply_held(seq))
         if self._overflowed and patient:
             self._overflowed = False
             return actions + self._check()
@@ -511,25 +426,20 @@ class Stream:
         self._asked_hole = hole
         return not again
 
-    def _release(self, seq: int) -> None:
-        payload, _ = self._held.pop(seq)
-        self._held_bytes -= len(payload)
+    def _apply_held(self, seq: int) -> Apply:
+        payload = self._held.take(seq)
+        return self._apply(seq, payload, xxh3_128_digest(payload))
 
-    def _clear_held(self) -> None:
-        self._held.clear()
-        self._held_bytes = 0
-
-    def _forget(self, *, keep_held: bool = False) -> None:
+    def _forget(self) -> None:
         self.last_seq = self._live_seq = None
         self._digests.clear()
-        if not keep_held:
-            self._clear_held()
+        self._held.clear()
         self._replay = None
         self._ask_at = None
         self._sound, self._complete, self._holes, self._damaged = True, False, False, False
 
-    def _new_life(self, why: str, *, keep_held: bool = False) -> list[Action]:
-        self._forget(keep_held=keep_held)
+    def _new_life(self, why: str) -> list[Action]:
+        self._forget()
         self.epoch = Epoch(self.epoch + 1)
         self._move(Signal.NEW_LIFE, why)
         return [Withdraw("new_life", everything=False)]

@@ -25,7 +25,8 @@ from zmq.utils.monitor import parse_monitor_message
 from kvindexer.errors import RequestError
 from kvindexer.events.pump import Pumps
 from kvindexer.events.replay import Replay, Replays
-from kvindexer.events.stream import Action, Apply, Ask, Drop, Stream, Withdraw
+from kvindexer.events.states import Action, Apply, Ask, Drop, Withdraw
+from kvindexer.events.stream import Stream
 
 _log = logging.getLogger(__name__)
 
