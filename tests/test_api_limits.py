@@ -107,6 +107,8 @@ def test_trap_26_a_length_that_promises_more_than_comes_times_out() -> None:
         status, headers, detail = answer(raw)
         assert (status, detail["code"], headers["connection"]) == (408, "receive_timeout", "close")
         assert "receive_timeout_s" in detail["hint"]
+        until(lambda: 'requests_total{route="/query",status="408"} 1.0' in api.client.get("/metrics").text)
+        assert 'duration_seconds_count{route="/query"}' not in api.client.get("/metrics").text
 
 
 def test_trap_26_a_length_that_promises_less_than_comes_ends_the_body() -> None:

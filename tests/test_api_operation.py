@@ -11,7 +11,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from api_server import LIVE, Api, batch, error, serving, stored
-from kvindexer.api.metrics import LATENCY_BOUNDS_S, MAX_LABELS, Metrics
+from kvindexer.api.counting import LATENCY_BOUNDS_S
+from kvindexer.api.metrics import MAX_LABELS, Metrics
 from kvindexer.index.seam import Change
 
 PROMPT = list(range(40))

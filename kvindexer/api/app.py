@@ -25,19 +25,14 @@ from kvindexer.api.errors import error_body, error_headers, internal_error, meth
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.hot import Handler, HotRoutes
 from kvindexer.api.limits import ConcurrencyLimit
+from kvindexer.api.lookup import KnownModels
 from kvindexer.api.match import MatchRoute
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.openapi import HotRoute, describe
 from kvindexer.api.registration import Registration, Unregistration
 from kvindexer.api.rfc_query import QueryRoutes
-from kvindexer.api.schemas import (
-    DynamoAnswer,
-    HashQuery,
-    MatchAnswer,
-    MatchRequest,
-    MooncakeFigures,
-    TokenQuery,
-)
+from kvindexer.api.rfc_schemas import DynamoAnswer, HashQuery, MooncakeFigures, TokenQuery
+from kvindexer.api.schemas import MatchAnswer, MatchRequest
 from kvindexer.api.shield import Shield
 from kvindexer.errors import RequestError
 from kvindexer.index.seam import Index
@@ -63,12 +58,20 @@ _HOT: Final = (
 )
 
 
+_DESCRIPTION: Final = (
+    "Lengths are in tokens, times in the unit that ends a field's name.  Every error has the form "
+    '`{"error": {"code", "message", "hint"}}`.  Of equal keys in an object the last one counts; the content type of '
+    "a request is not looked at."
+)
+
+
 def create_app(settings: Settings, index: Index, fleet: Fleet, metrics: Metrics) -> ASGIApp:
     """The ASGI application; it uses index and fleet in the event loop's thread and owns neither."""
     metrics.watch(fleet)
-    queries = QueryRoutes(settings, index, fleet, metrics)
+    models = KnownModels(fleet)
+    queries = QueryRoutes(settings, index, models, metrics)
     handlers: dict[str, Handler] = {
-        "/v1/match": MatchRoute(settings, index, fleet, metrics),
+        "/v1/match": MatchRoute(settings, index, fleet, models, metrics),
         "/query": queries.by_tokens,
         "/query_by_hash": queries.by_hash,
     }
@@ -76,6 +79,7 @@ def create_app(settings: Settings, index: Index, fleet: Fleet, metrics: Metrics)
         title="kvindexer",
         version=__version__,
         summary="Which inference pod holds which prompt prefix, on which tier, right now.",
+        description=_DESCRIPTION,
         redirect_slashes=False,
     )
     routers = (rfc_sources.routes(fleet), sources.routes(fleet, metrics), health.routes(fleet, metrics))

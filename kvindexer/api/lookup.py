@@ -7,6 +7,7 @@ more than the caller's own tenant may know, and never a salt.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from time import monotonic
 from typing import Final, NamedTuple
 
 from kvindexer.api.fleet import Fleet
@@ -16,6 +17,30 @@ from kvindexer.index.seam import HolderMatch, Index
 from kvindexer.types import Keyspace
 
 DEFAULT_TENANT: Final = "default"
+KNOWN_FOR_S: Final = 1.0
+
+
+class KnownModels:
+    """Models by tenant, for hints.
+
+    A wrong name may come with every request of a scheduler, and asking the fleet costs time for each source: once a
+    second is enough.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._looked_at = -KNOWN_FOR_S
+        self._models: dict[str, set[str]] = {}
+
+    def of(self, tenant: str) -> tuple[str, ...]:
+        """Models that the tenant may know of, in order."""
+        now = monotonic()
+        if now - self._looked_at >= KNOWN_FOR_S:
+            self._looked_at = now
+            self._models = {}
+            for report in self._fleet.reports():
+                self._models.setdefault(report.spec.tenant, set()).add(report.spec.model)
+        return tuple(sorted(self._models.get(tenant, ())))
 
 
 class Found(NamedTuple):
@@ -26,7 +51,7 @@ class Found(NamedTuple):
 
 
 def keyspaces(
-    index: Index, fleet: Fleet, tenant: str, model: str, *, additional_salt: str | None, block_size: int | None
+    index: Index, known: KnownModels, tenant: str, model: str, *, additional_salt: str | None, block_size: int | None
 ) -> list[Keyspace]:
     """All keyspaces that a query is about, at least one.  Raises UnknownModelError, RequestError."""
     spaces = index.keyspaces(tenant, model, additional_salt)
@@ -38,8 +63,7 @@ def keyspaces(
                 "leave it away to look at all deployments of the model",
                 status=404,
             )
-        known = {report.spec.model for report in fleet.reports() if report.spec.tenant == tenant}
-        raise UnknownModelError(model, tuple(sorted(known)))
+        raise UnknownModelError(model, known.of(tenant))
     if block_size is None:
         return spaces
     chosen = [space for space in spaces if space.block_size == block_size]

@@ -12,7 +12,7 @@ import msgspec
 
 from kvindexer.api.decoding import check_size, reader
 from kvindexer.api.fleet import Fleet
-from kvindexer.api.lookup import DEFAULT_TENANT, Found, find, keyspaces, one_size
+from kvindexer.api.lookup import DEFAULT_TENANT, Found, KnownModels, find, keyspaces, one_size
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.prompt import KeyPrompt, Prompt, TokenPrompt, decoded_tokens, key_array, packed_tokens
 from kvindexer.api.rows import best_first, empty_rows, requirements
@@ -34,9 +34,10 @@ _read = reader(MatchRequest)
 class MatchRoute:
     """The route, as a function of the body."""
 
-    def __init__(self, settings: Settings, index: Index, fleet: Fleet, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, index: Index, fleet: Fleet, models: KnownModels, metrics: Metrics) -> None:
         self._index = index
         self._fleet = fleet
+        self._models = models
         self._metrics = metrics
         self._max_prompt_tokens = settings.max_prompt_tokens
         self._max_candidates = settings.max_candidates
@@ -48,7 +49,7 @@ class MatchRoute:
         required = requirements(request.require)
         spaces = keyspaces(
             self._index,
-            self._fleet,
+            self._models,
             request.tenant or DEFAULT_TENANT,
             request.model,
             additional_salt=request.additional_salt,

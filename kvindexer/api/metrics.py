@@ -8,7 +8,6 @@ Invariant: a counter never falls, whatever sources come and go.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
@@ -16,53 +15,15 @@ from typing import Final
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from kvindexer.api.counting import Accumulated, Latencies
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.index.seam import Change
 from kvindexer.types import TIERS
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 STATES: Final = ("syncing", "live", "stale", "gone")
-LATENCY_BOUNDS_S: Final = (
-    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
-    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
-)
 MAX_LABELS: Final = 64
 """Different values of one label, at most; further ones are counted as `other`."""
-
-
-class _Latencies:
-    """One route's histogram."""
-
-    __slots__ = ("buckets", "sum_s")
-
-    def __init__(self) -> None:
-        self.buckets = [0] * (len(LATENCY_BOUNDS_S) + 1)
-        self.sum_s = 0.0
-
-    def cumulative(self) -> list[tuple[str, float]]:
-        """Buckets as Prometheus wants them: label and number of all observations up to it."""
-        total = 0
-        rows = []
-        for bound, count in zip((*map(str, LATENCY_BOUNDS_S), "+Inf"), self.buckets, strict=True):
-            total += count
-            rows.append((bound, float(total)))
-        return rows
-
-
-class _Accumulated:
-    """A counter of the whole fleet, made of the counters of sources, which end with their source."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._seen: dict[str, int] = {}
-
-    def look(self, counts: Mapping[str, int]) -> int:
-        """Add what has come since the last look; a count below the last one is that of a new source."""
-        for source, count in counts.items():
-            before = self._seen.get(source, 0)
-            self.total += count - before if count >= before else count
-        self._seen = dict(counts)
-        return self.total
 
 
 class Metrics:
@@ -79,9 +40,9 @@ class Metrics:
         self._skipped: Counter[str] = Counter()
         self._withdrawn: Counter[str] = Counter()
         self._answers: Counter[tuple[str, int]] = Counter()
-        self._latencies: dict[str, _Latencies] = {}
-        self._gaps = _Accumulated()
-        self._replays = _Accumulated()
+        self._latencies: dict[str, Latencies] = {}
+        self._gaps = Accumulated()
+        self._replays = Accumulated()
         self._fleet: Fleet | None = None
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -123,14 +84,18 @@ class Metrics:
         self.hit_tokens += hit_tokens
         self.asked_tokens += asked_tokens
 
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        """A request was answered; `route` is one of our paths, never what the caller wrote."""
+    def answered(self, route: str, status: int, seconds: float | None) -> None:
+        """A request was answered; `route` is one of our paths, never what the caller wrote.
+
+        `seconds` is the time since its body was complete; None: it was refused before.
+        """
         self._answers[route, status] += 1
+        if seconds is None:
+            return
         latencies = self._latencies.get(route)
         if latencies is None:
-            latencies = self._latencies[route] = _Latencies()
-        latencies.buckets[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
-        latencies.sum_s += seconds
+            latencies = self._latencies[route] = Latencies()
+        latencies.add(seconds)
 
     # Scrape
 
@@ -222,4 +187,4 @@ def _gauge(name: str, documentation: str, value: float) -> Metric:
     return GaugeMetricFamily(f"kvindexer_{name}", documentation, value=value)
 
 
-__all__ = ["CONTENT_TYPE", "LATENCY_BOUNDS_S", "STATES", "Metrics"]
+__all__ = ["CONTENT_TYPE", "STATES", "Metrics"]

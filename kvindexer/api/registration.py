@@ -13,7 +13,8 @@ import msgspec
 from msgspec import Meta
 
 from kvindexer.api.lookup import DEFAULT_TENANT
-from kvindexer.api.schemas import MAX_NAME, Name, Size, Text, one_of
+from kvindexer.api.rfc_schemas import one_of
+from kvindexer.api.schemas import MAX_NAME, Name, Size, Text
 from kvindexer.errors import RequestError, SettingsError
 from kvindexer.source_settings import check_source
 from kvindexer.types import SOURCE_TYPES, SourceSpec, SourceType

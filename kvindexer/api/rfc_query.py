@@ -16,11 +16,18 @@ from collections.abc import Iterable
 import msgspec
 
 from kvindexer.api.decoding import check_size, reader
-from kvindexer.api.fleet import Fleet
-from kvindexer.api.lookup import DEFAULT_TENANT, Found, find, keyspaces, one_size
+from kvindexer.api.lookup import DEFAULT_TENANT, Found, KnownModels, find, keyspaces, one_size
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.prompt import KeyPrompt, Prompt, TokenPrompt, key_array, keys_of_locals, packed_tokens
-from kvindexer.api.schemas import DynamoAnswer, DynamoFigures, HashQuery, MooncakeFigures, Scope, TokenQuery, one_of
+from kvindexer.api.rfc_schemas import (
+    DynamoAnswer,
+    DynamoFigures,
+    HashQuery,
+    MooncakeFigures,
+    Scope,
+    TokenQuery,
+    one_of,
+)
 from kvindexer.errors import RequestError, TooLargeError
 from kvindexer.index.seam import HolderMatch, Index
 from kvindexer.settings import Settings
@@ -34,9 +41,9 @@ _read_hashes = reader(HashQuery)
 class QueryRoutes:
     """Both routes, as functions of the body."""
 
-    def __init__(self, settings: Settings, index: Index, fleet: Fleet, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, index: Index, models: KnownModels, metrics: Metrics) -> None:
         self._index = index
-        self._fleet = fleet
+        self._models = models
         self._metrics = metrics
         self._max_prompt_tokens = settings.max_prompt_tokens
 
@@ -91,7 +98,7 @@ class QueryRoutes:
             raise RequestError("invalid_request", "there is no model", "give model or model_name", status=422)
         return keyspaces(
             self._index,
-            self._fleet,
+            self._models,
             one_of(query, "tenant_id", "routing_group") or DEFAULT_TENANT,
             model,
             additional_salt=one_of(query, "additionalsalt", "additional_salt"),

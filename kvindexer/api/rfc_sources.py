@@ -16,7 +16,7 @@ from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.lookup import DEFAULT_TENANT
 from kvindexer.api.openapi import answer_body, request_body
 from kvindexer.api.registration import Registration, Unregistration, source_of
-from kvindexer.api.schemas import one_of
+from kvindexer.api.rfc_schemas import one_of
 from kvindexer.errors import RequestError
 
 _STATUS: Final = {"live": "active", "syncing": "pending", "stale": "stale", "gone": "failed"}

@@ -42,7 +42,6 @@ class Shield:
                 status = message["status"]
             await send(message)
 
-        scope[RECEIVED_AT] = perf_counter()
         try:
             await self._app(scope, receive, observed)
         except DisconnectedError:
@@ -54,7 +53,8 @@ class Shield:
             if not status:
                 await send_error(observed, internal_error())
         route = scope["path"] if scope["path"] in self._routes else "other"
-        self._metrics.answered(route, status, perf_counter() - scope[RECEIVED_AT])
+        received_at = scope.get(RECEIVED_AT)
+        self._metrics.answered(route, status, None if received_at is None else perf_counter() - received_at)
 
     def _log(self, scope: Scope, error: Exception) -> None:
         place = "".join(traceback.format_tb(error.__traceback__))
