@@ -345,6 +345,21 @@ def test_a_hybrid_models_figures_stop_where_its_rules_do(api: Api) -> None:
     assert answer["scores"] == {"pod-a": {"0": 12}}
 
 
+def test_a_prefix_that_no_rule_lets_reuse_is_no_match(api: Api) -> None:
+    """The window's group has lost all its blocks: the full group's are of no use."""
+    source = api.add("pod-a")
+    window = stored(PROMPT[:16], group_idx=1, kv_cache_spec_kind="sliding_window", kv_cache_spec_sliding_window=5)
+    full = stored(PROMPT[:16])
+    lost = {"type": "BlockRemoved", "block_hashes": full["block_hashes"], "medium": "GPU", "group_idx": 1}
+    api.index.apply(source, batch(window, full, lost))
+    answer = api.post("/v1/match", {"model": "m", "tokens": PROMPT})
+    assert (answer["matches"], answer["reason"]) == ([], "nothing_held")
+    answer = api.post("/v1/match", {"model": "m", "tokens": PROMPT, "candidates": ["pod-a"]})
+    assert [row["matched_tokens"] for row in answer["matches"]] == [0]
+    assert api.post("/query", {"model": "m", "token_ids": PROMPT}) == {"default": {}}
+    assert api.post("/query", {"model_name": "m", "token_ids": PROMPT})["instances"] == {}
+
+
 @pytest.mark.parametrize(
     ("path", "change", "expected"),
     [

@@ -62,7 +62,7 @@ class MatchRoute:
         best = max((row.matched_tokens for row in rows), default=0)
         unknown: list[str] = []
         if known is not None:
-            holding = {match.instance for each in found for match in each.matches}
+            holding = {match.instance for each in found for match in each.matches if match.usable}
             rows += empty_rows(
                 {name: size for name, size in known.items() if name not in holding}, self._fleet, required
             )

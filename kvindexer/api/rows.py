@@ -90,6 +90,8 @@ def _best(found: Iterable[Found]) -> tuple[dict[str, _Best], dict[str, dict[str,
         for match in matches:
             instance = match.instance
             matched = match.usable * size
+            if not matched:
+                continue
             cached = match.cached * size
             before = best.get(instance)
             if before is None:
