@@ -1,4 +1,4 @@
-"""A naive index, the judge of the real one: plain dictionaries and sets, all worked out anew for each question.
+"""A naive index, the judge of the real one: plain dictionaries and sets, all worked out anew after each change.
 
     held     per source: (rank, group, tier, ownership, hash) -> copies
     said     per hash domain: hash -> what a store said of it: (parent, tokens and extras, block size)
@@ -157,6 +157,8 @@ class Source:
     """Parts that stores have named, and what their events said of the group."""
     lower: set[Part] = field(default_factory=set)
     """Parts with a store below the GPU."""
+    shown: dict[tuple[Part, Tier], set[Blocks]] = field(default_factory=dict)
+    """`blocks()` since the last change."""
 
     @property
     def is_store(self) -> bool:
@@ -186,15 +188,15 @@ class Source:
         meaning = self.meaning(entry.block_hash)
         return Part(entry.rank, entry.group, meaning[0] if meaning else self.named[entry])
 
-    def shown(self, part: Part, tier: Tier) -> set[Blocks]:
-        """The blocks that a part has on a tier."""
-        found: set[Blocks] = set()
-        span = 1 if tier is Tier.GPU else self.spec.offload_blocks_per_chunk
+    def blocks(self) -> dict[tuple[Part, Tier], set[Blocks]]:
+        """The blocks that each part has on each tier."""
+        found: dict[tuple[Part, Tier], set[Blocks]] = {}
         for entry in self.held:
-            meaning = self.meaning(entry.block_hash)
-            if meaning and entry.tier is tier and Part(entry.rank, entry.group, meaning[0]) == part:
-                path = meaning[1]
-                found |= {path[: len(path) - back] for back in range(min(span, len(path)))}
+            if meaning := self.meaning(entry.block_hash):
+                size, path = meaning
+                span = 1 if entry.tier is Tier.GPU else self.spec.offload_blocks_per_chunk
+                blocks = found.setdefault((Part(entry.rank, entry.group, size), entry.tier), set())
+                blocks |= {path[: len(path) - back] for back in range(min(span, len(path)))}
         return found
 
 
@@ -222,6 +224,7 @@ class Oracle:
         self._look_again()
 
     def detach(self, name: str) -> None:
+        """It leaves with all that it holds; what it said stays with those it shares hashes with."""
         self.sources.pop(name, None)
 
     def apply(self, name: str, events: Iterable[Event], rank: int | None = None) -> None:
@@ -266,17 +269,19 @@ class Oracle:
         counted = tier is Tier.GPU and spec.type == "vllm" and spec.report_mode == "normal" and not spec.readers
         for block_hash in hashes:
             entry = _entry(event, rank, block_hash)
+            if entry not in source.held:
+                source.named[entry] = size
             source.held[entry] = source.held.get(entry, 0) + 1 if counted else 1
-            source.named.setdefault(entry, size)
 
     def _look_again(self) -> None:
-        """A hash whose meaning has become known counts in its own block size from now on."""
+        """Work out again what is where; a hash whose meaning has become known counts in its own block size."""
         for source in self.sources.values():
             for entry in source.held:
                 part = source.part(entry)
                 source.seen.setdefault(part, source.seen.get(part._replace(size=source.named[entry])))
                 if entry.tier is not Tier.GPU:
                     source.lower.add(part)
+            source.shown = source.blocks()
 
     def withdraw(self, name: str, tiers: Collection[Tier] = TIERS) -> None:
         """Drop these tiers; what a part said of itself is forgotten with its last entry."""
@@ -284,7 +289,8 @@ class Oracle:
         source.held = {entry: n for entry, n in source.held.items() if entry.tier not in tiers}
         left = {source.part(entry) for entry in source.held}
         source.seen = {part: kind for part, kind in source.seen.items() if part in left}
-        source.lower &= left
+        source.lower = {source.part(entry) for entry in source.held if entry.tier is not Tier.GPU}
+        source.shown = source.blocks()
 
     def copies(self, name: str) -> dict[Entry, int]:
         return dict(self.sources[name].held)
@@ -299,10 +305,8 @@ class Oracle:
             (name, source.spec.instance, part.rank, tier)
             for name, source in self.sources.items()
             if _same_family(keyspace, source.spec)
-            for part in source.seen
-            if part.size == keyspace.block_size
-            for tier in TIERS
-            if path in source.shown(part, tier)
+            for (part, tier), blocks in source.shown.items()
+            if part.size == keyspace.block_size and path in blocks
         }
 
     def match(self, keyspace: Keyspace, prompt: Prompt, candidates: Collection[str] | None = None) -> list[Answer]:
@@ -381,8 +385,9 @@ class _Rank(NamedTuple):
             for group in list(kinds)[:1]
         ]
         for source, part, group in [*((s, p, p.group) for s, p in self.parts), *lent]:
-            for tier in TIERS if group in kinds else ():
-                has[group, tier] |= source.shown(part, tier)
+            for (its_part, tier), blocks in source.shown.items():
+                if its_part == part and group in kinds:
+                    has[group, tier] |= blocks
         return has
 
 

@@ -284,10 +284,13 @@ class PyIndex:
         space = self._spaces.get(keyspace)
         if space is None or not keys:
             return []
-        holders = space.topology.holders
+        holders, wanted = space.topology.holders, space.topology.bits
         if candidates is not None:
             holders = [holder for holder in holders if holder.instance in candidates]
-        return match(space, keys, prompt_tokens, holders)
+            wanted = 0
+            for holder in holders:
+                wanted |= holder.bits
+        return match(space, keys, prompt_tokens, holders, wanted)
 
     def locate(self, keyspace: Keyspace, keys: Sequence[int]) -> list[list[Holding]]:
         """See `Index.locate`."""
@@ -432,7 +435,7 @@ def _count_in(share: Share, place: Place, hashes: list[int]) -> None:
     copies, counted = place.copies, place.counted
     domain = share.domain
     find = domain.bindings.get
-    mixed = bool(domain.elsewhere) or place.space is not domain.space
+    mixed = len(share.block_sizes) > 1 or bool(domain.elsewhere)
     for block_hash in hashes:
         held = copies.get(block_hash)
         if held is not None:
@@ -440,19 +443,30 @@ def _count_in(share: Share, place: Place, hashes: list[int]) -> None:
                 copies[block_hash] = held + 1
             continue
         key = find(block_hash)
-        if key is None:
-            domain.unbound[block_hash] = None
-            copies[block_hash] = 1
-            continue
         target = place
-        if mixed and domain.space_of(block_hash) is not place.space:
-            target = share.place(*place.name[:4], domain.space_of(block_hash))
-            share.witness(target, place.slot.rule)
+        if mixed:
+            target = _place_in_its_size(share, place, block_hash)
             if block_hash in target.copies:
                 target.copies[block_hash] += 1 if target.counted else 0
                 continue
         target.copies[block_hash] = 1
-        target.show(block_hash, key, domain)
+        if key is None:
+            domain.unbound[block_hash] = None
+        else:
+            target.show(block_hash, key, domain)
+
+
+def _place_in_its_size(share: Share, place: Place, block_hash: int) -> Place:
+    """The place of the block size that the hash is bound or already held in, whatever size the event named."""
+    domain = share.domain
+    if block_hash not in domain.bindings:
+        return share.place_of(block_hash, *place.name[:4]) or place
+    space = domain.space_of(block_hash)
+    if space is place.space:
+        return place
+    target = share.place(*place.name[:4], space)
+    share.witness(target, place.slot.rule)
+    return target
 
 
 __all__ = ["PyIndex", "keyspace_of"]

@@ -192,13 +192,14 @@ class Share:
     def forget_places(self) -> None:
         """Forget the places where nothing is left, and what events have said of their groups."""
         self.places = {name: place for name, place in self.places.items() if place.copies}
-        used = {place.slot for place in self.places.values()}
+        rules = {place.slot: place.slot.rule for place in self.places.values()}
         for name, slot in list(self.slots.items()):
-            if slot is self._first and slot not in used:
-                slot.forget()
-            elif slot not in used:
+            slot.forget()
+            if slot not in rules and slot is not self._first:
                 slot.space.close_slot(slot)
                 del self.slots[name]
+        for place in self.places.values():
+            self.witness(place, rules[place.slot])
 
     def recount(self) -> int:
         """Bring `entries` up to date; returns by how much it changed."""

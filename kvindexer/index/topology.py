@@ -85,6 +85,10 @@ class Holder(NamedTuple):
     connector: bool
     """It loads from below the GPU."""
     speculative_blocks: int
+    only: int | None
+    """Number of its slot, if it has one slot alone and no tail: then its prefix is that slot's."""
+    bits: int
+    """All its primary slots."""
 
 
 class Topology:
@@ -106,6 +110,10 @@ class Topology:
             self._add(instance, rank, list(members), read, lent)
         self.feeds += lent.items()
         self.tail_only = any(not holder.prefix for holder in self.holders)
+        self.bits = 0
+        """All holders' primary slots."""
+        for holder in self.holders:
+            self.bits |= holder.bits
 
     def _add(self, instance: str, rank: int, slots: list[Slot], stores: list[Slot], lent: dict[int, int]) -> None:
         slots = [slot for slot in slots if slot.seen] or (slots if stores else [])
@@ -127,14 +135,17 @@ class Topology:
         connector = slots[0].spec.offload_connector
         if connector is None:
             connector = bool(stores) or any(slot.seen_lower for slot in slots)
+        prefix = tuple(n for n, rule in rules.items() if rule is None or rule.tail_blocks == EVERY_BLOCK)
         self.holders.append(
             Holder(
                 instance,
                 rank,
-                tuple(n for n, rule in rules.items() if rule is None or rule.tail_blocks == EVERY_BLOCK),
+                prefix,
                 tuple(Tail(n, rule.tail_blocks) for n, rule in rules.items() if rule and rule.tail_blocks),
                 any(not rule.known if rule else len(rules) > 1 for rule in rules.values()),
                 connector,
                 slots[0].spec.speculative_blocks,
+                prefix[0] if len(prefix) == len(rules) == 1 else None,
+                sum(primary.bit for primary in primaries.values()),
             )
         )

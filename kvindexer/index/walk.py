@@ -10,13 +10,13 @@ The keys are grouped into segments of equal masks once; everything after works o
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby, repeat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Final, NamedTuple
 
 from kvindexer.index.seam import HolderMatch
 from kvindexer.index.space import Space
-from kvindexer.index.topology import Holder, Tail, Topology
+from kvindexer.index.topology import Holder, Tail
 from kvindexer.types import TIERS, Tier
 
 _ByTier = tuple[int, int, int, int]
@@ -38,44 +38,53 @@ class Segment(NamedTuple):
     masks: tuple[int, ...]
 
 
-def match(space: Space, keys: array[int], prompt_tokens: int, holders: Sequence[Holder]) -> list[HolderMatch]:
-    """What each of these holders has of the prompt; those without a first block are left out."""
-    topology = space.topology
-    wanted = 0
-    for holder in holders:
-        for number in holder.prefix:
-            wanted |= 1 << number
-        for tail in holder.tails:
-            wanted |= 1 << tail.number
+def match(
+    space: Space, keys: array[int], prompt_tokens: int, holders: Sequence[Holder], wanted: int
+) -> list[HolderMatch]:
+    """What each of these holders has of the prompt; those without a first block are left out.
+
+    `wanted` are the bits of all their slots.
+    """
     tiers = [tier for tier in TIERS if space.tiers[tier]]
-    segments = _segments(space, keys, tiers, topology, wanted)
+    segments = _segments(space, keys, tiers, wanted)
     if not segments:
         return []
     walk = _Walk(segments, tiers, wanted)
     cap = max(0, (prompt_tokens - 1) // space.keyspace.block_size)
+    if tiers == [Tier.GPU]:
+        return walk.match_gpu(holders, cap)
     matches = (walk.match(holder, cap) for holder in holders)
     return [found for found in matches if found is not None]
 
 
-def _segments(
-    space: Space, keys: array[int], tiers: Sequence[Tier], topology: Topology, wanted: int
-) -> list[Segment]:
+def _segments(space: Space, keys: array[int], tiers: Sequence[Tier], wanted: int) -> list[Segment]:
     """Runs of equal masks, up to where no wanted holder has an unbroken prefix."""
+    topology = space.topology
     columns = [map(space.tiers[tier].get, keys, repeat(0)) for tier in tiers]
+    single = len(columns) == 1
+    rows: Iterable[int | tuple[int, ...]] = columns[0] if single else zip(*columns, strict=True)
     segments: list[Segment] = []
     start, alive = 0, wanted
-    for masks, run in groupby(zip(*columns, strict=True)):
-        end = start + len(list(run))
+    row: int | tuple[int, ...] | None = None
+    masks: tuple[int, ...] = ()
+    position = 0
+    for position, following in enumerate(rows):
+        if following == row:
+            continue
+        if row is not None:
+            segments.append(Segment(start, position, masks))
+        row, start = following, position
+        masks = (row,) if isinstance(row, int) else row
         if topology.feeds:
-            masks = tuple(_fed(mask, topology.feeds) for mask in masks)  # noqa: PLW2901 - the run's masks, as read
-        union = 0
-        for mask in masks:
+            masks = tuple(_fed(mask, topology.feeds) for mask in masks)
+        union = masks[0]
+        for mask in masks[1:]:
             union |= mask
         alive &= union
         if not alive and not topology.tail_only:
-            break
-        segments.append(Segment(start, end, masks))
-        start = end
+            return segments
+    if row is not None:
+        segments.append(Segment(start, position + 1, masks))
     return segments
 
 
@@ -114,6 +123,27 @@ class _Walk:
             end = segment.end
         _note(depths, alive, end)
         return depths
+
+    def match_gpu(self, holders: Sequence[Holder], cap: int) -> list[HolderMatch]:
+        """The figures of all holders where only GPUs hold blocks: the common case, and then most of a query."""
+        depths = self._alone[0]
+        found = []
+        for holder in holders:
+            if holder.only is None:
+                match = self.match(holder, cap)
+                if match is not None:
+                    found.append(match)
+                continue
+            held = depths.get(holder.only)
+            if held is not None:
+                cached = max(0, (min(cap, held)) - holder.speculative_blocks)
+                alone, cumulative = (held, 0, 0, 0), (held, held, held, held)
+                found.append(
+                    HolderMatch(
+                        holder.instance, holder.rank, held, held, cached, alone, cumulative, holder.unknown_group
+                    )
+                )
+        return found
 
     def match(self, holder: Holder, cap: int) -> HolderMatch | None:
         """This holder's figures; `cap` is how many blocks an engine reuses at most without a connector."""
