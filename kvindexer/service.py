@@ -12,6 +12,7 @@ sees half a batch, and nothing needs a lock.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -38,6 +39,9 @@ _log = logging.getLogger(__name__)
 DESCRIPTORS_A_SOURCE: Final = 6
 """SUB, its monitor's two ends, the TCP connection, and now and then a replay with its own."""
 SPARE_DESCRIPTORS: Final = 1024
+GC_THRESHOLDS: Final = (50_000, 20, 100)
+"""The index is dictionaries of integers, which hold no cycles: looking for some every 700 objects costs a fifth of
+the ingest and stretches the slowest queries (docs/benchmarks.md)."""
 
 
 def open_index(settings: Settings, least_trusted: LeastTrusted) -> Index:
@@ -109,6 +113,8 @@ def run(settings: Settings) -> int:
         stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     _raise_descriptor_limit(settings)
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)

@@ -24,7 +24,7 @@ from kvindexer.api.metrics import Metrics
 from kvindexer.events.sources import Registry
 from kvindexer.index.engine import PyIndex
 from kvindexer.settings import Settings
-from kvindexer.types import SourceSpec
+from kvindexer.types import SourceSpec, SourceType
 
 NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """The tests speak plain HTTP; loading certificates for each of them would take most of their time."""
@@ -52,9 +52,15 @@ class FakeFleet:
         return True
 
     def unregister(
-        self, instance: str, *, model: str | None = None, tenant: str | None = None, rank: int | None = None
+        self,
+        instance: str,
+        *,
+        model: str | None = None,
+        tenant: str | None = None,
+        rank: int | None = None,
+        source_type: SourceType | None = None,
     ) -> list[SourceSpec]:
-        removed = self.registry.unregister(instance, model=model, tenant=tenant, rank=rank)
+        removed = self.registry.unregister(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
         for source, _ in removed:
             self.index.detach(source)
         return [spec for _, spec in removed]

@@ -12,6 +12,7 @@ from hypothesis import assume, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from kvindexer.api.decoding import unsigned
 from kvindexer.tokenization.blocks import (
     SEED,
     chain_keys,
@@ -69,7 +70,7 @@ def test_golden_keys(tokens: list[int], block_size: int, locals_: list[int], key
     packed = pack_tokens(tokens)
     assert local_hashes(packed, block_size) == locals_
     assert prompt_keys(packed, block_size).tolist() == keys
-    assert keys_from_locals(locals_).tolist() == keys
+    assert keys_from_locals(array("Q", locals_)).tolist() == keys
     assert by_hand(list(tokens), block_size) == (locals_, keys)
     assert SEED == 1337
 
@@ -129,7 +130,7 @@ def test_trap_3_a_partial_tail_has_no_key(count: int) -> None:
 
 def test_nothing_has_no_keys() -> None:
     assert local_hashes(b"", 16) == []
-    assert prompt_keys(b"", 16) == keys_from_locals([]) == array("Q")
+    assert prompt_keys(b"", 16) == keys_from_locals(array("Q")) == array("Q")
     assert chain_keys(None, []) == chain_keys(5, []) == []
 
 
@@ -138,7 +139,7 @@ def test_keys_are_packed_as_unsigned_64_bits() -> None:
     keys = prompt_keys(pack_tokens(TOKENS), 16)
     assert keys.typecode == "Q"
     assert len(keys.tobytes()) == 16
-    assert keys_from_locals([0]).typecode == "Q"
+    assert keys_from_locals(array("Q", [0])).typecode == "Q"
 
 
 @thorough
@@ -163,8 +164,9 @@ def test_a_parent_of_zero_is_a_parent() -> None:
 @example([-1, -(2**63)])
 def test_signed_and_unsigned_locals_are_the_same(locals_: list[int]) -> None:
     """Clients in languages without unsigned integers send the same bits with a sign."""
-    unsigned = [local % 2**64 for local in locals_]
-    assert keys_from_locals(locals_) == keys_from_locals(unsigned) == array("Q", chain_keys(None, unsigned))
+    expected = array("Q", [local % 2**64 for local in locals_])
+    assert unsigned(locals_, "block_hashes") == expected
+    assert keys_from_locals(expected) == array("Q", chain_keys(None, expected))
 
 
 @thorough

@@ -7,6 +7,7 @@ not looked at: curl's default is fine.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
@@ -56,13 +57,21 @@ def check_size(body: bytes, *limits: int) -> None:
             raise TooLargeError("values in the body", values, most, "max_prompt_tokens or max_candidates")
 
 
-def unsigned(values: Sequence[int], name: str) -> list[int]:
+def unsigned(values: Sequence[int], name: str) -> array[int]:
     """Hashes as unsigned 64-bit integers; negative ones are read as two's complement.  Raises RequestError."""
+    try:
+        return array("Q", values)
+    except OverflowError:
+        pass  # some are negative, or too large
+    try:
+        return array("Q", array("q", values).tobytes())
+    except OverflowError:
+        pass  # some are negative and some above 2**63, or too large
     if any(not -(2**63) <= value < 2**64 for value in values):
         raise RequestError(
             "invalid_request", f"{name}: a value has more than 64 bits", "hashes are 64-bit integers", status=422
         )
-    return [value & (2**64 - 1) for value in values]
+    return array("Q", [value & (2**64 - 1) for value in values])
 
 
 def _misshapen(detail: str, fields: str) -> RequestError:

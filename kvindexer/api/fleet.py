@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from kvindexer.events.status import InstanceStatus, SourceReport
-from kvindexer.types import SourceSpec
+from kvindexer.types import SourceSpec, SourceType
 
 
 class Fleet(Protocol):
@@ -22,7 +22,13 @@ class Fleet(Protocol):
         """Follow a source; False if just this is registered already.  Raises RequestError or ConflictError."""
 
     def unregister(
-        self, instance: str, *, model: str | None = None, tenant: str | None = None, rank: int | None = None
+        self,
+        instance: str,
+        *,
+        model: str | None = None,
+        tenant: str | None = None,
+        rank: int | None = None,
+        source_type: SourceType | None = None,
     ) -> list[SourceSpec]:
         """Forget an instance's sources, those that fit what is given; returns what was registered."""
 

@@ -10,11 +10,11 @@ from typing import Final
 
 import msgspec
 
-from kvindexer.api.decoding import check_size, reader
+from kvindexer.api.decoding import check_size, reader, unsigned
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.lookup import DEFAULT_TENANT, Found, KnownModels, find, keyspaces, one_size
 from kvindexer.api.metrics import Metrics
-from kvindexer.api.prompt import KeyPrompt, Prompt, TokenPrompt, decoded_tokens, key_array, packed_tokens
+from kvindexer.api.prompt import KeyPrompt, Prompt, TokenPrompt, decoded_tokens, packed_tokens
 from kvindexer.api.rows import best_first, empty_rows, requirements
 from kvindexer.api.schemas import MatchAnswer, MatchRequest
 from kvindexer.errors import RequestError, TooLargeError
@@ -148,4 +148,4 @@ class MatchRoute:
                 "a key stands for a full block",
                 status=422,
             )
-        return KeyPrompt(key_array(keys, "keys"), request.prompt_tokens)
+        return KeyPrompt(unsigned(keys, "keys"), request.prompt_tokens)

@@ -6,9 +6,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvindexer.api.decoding import unsigned
 from kvindexer.errors import RequestError, TooLargeError
-from kvindexer.tokenization.blocks import TOKEN_BYTES, keys_from_locals, pack_tokens, prompt_keys
+from kvindexer.tokenization.blocks import TOKEN_BYTES, pack_tokens, prompt_keys
 from kvindexer.tokenization.extras import MultimodalItem, prompt_extras
 
 
@@ -109,20 +108,3 @@ def decoded_tokens(packed: bytes, limit: int) -> bytes:
     if tokens > limit:
         raise TooLargeError("prompt in tokens", tokens, limit, "max_prompt_tokens")
     return packed
-
-
-def key_array(keys: list[int], name: str) -> array[int]:
-    """Keys, signed or not.  Raises RequestError."""
-    try:
-        return array("Q", keys)
-    except OverflowError:
-        return array("Q", unsigned(keys, name))
-
-
-def keys_of_locals(hashes: list[int], name: str) -> array[int]:
-    """Keys of blocks whose local hashes the caller has, signed or not.  Raises RequestError."""
-    try:
-        array("Q", hashes)
-    except OverflowError:
-        hashes = unsigned(hashes, name)
-    return keys_from_locals(hashes)

@@ -59,6 +59,7 @@ class Unregistration(msgspec.Struct, kw_only=True):
     """Publishers to forget: those of an instance that fit what is given."""
 
     instance_id: InstanceId
+    type: Text | None = None
     model: Name | None = None
     modelname: Name | None = None
     model_name: Name | None = None
@@ -81,7 +82,7 @@ def source_of(body: Registration) -> SourceSpec:
         endpoint=body.endpoint,
         replay=body.replay_endpoint or None,
         rank=body.dp_rank or 0,
-        type=_type(body.type),
+        type=type_named(body.type),
         tenant=one_of(body, "tenant_id", "routing_group") or DEFAULT_TENANT,
         topic=body.topic,
         lora=body.lora_name or None,
@@ -103,7 +104,8 @@ def source_of(body: Registration) -> SourceSpec:
     return spec
 
 
-def _type(name: str) -> SourceType:
+def type_named(name: str) -> SourceType:
+    """The type of publisher that a caller names, in any case.  Raises RequestError."""
     folded = name.lower()
     if folded not in SOURCE_TYPES:
         raise RequestError("unknown_type", "no publisher of this type is known", f"known: {', '.join(SOURCE_TYPES)}")

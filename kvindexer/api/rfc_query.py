@@ -15,10 +15,10 @@ from collections.abc import Iterable
 
 import msgspec
 
-from kvindexer.api.decoding import check_size, reader
+from kvindexer.api.decoding import check_size, reader, unsigned
 from kvindexer.api.lookup import DEFAULT_TENANT, Found, KnownModels, find, keyspaces, one_size
 from kvindexer.api.metrics import Metrics
-from kvindexer.api.prompt import KeyPrompt, Prompt, TokenPrompt, key_array, keys_of_locals, packed_tokens
+from kvindexer.api.prompt import KeyPrompt, Prompt, TokenPrompt, packed_tokens
 from kvindexer.api.rfc_schemas import (
     DynamoAnswer,
     DynamoFigures,
@@ -31,6 +31,7 @@ from kvindexer.api.rfc_schemas import (
 from kvindexer.errors import RequestError, TooLargeError
 from kvindexer.index.seam import HolderMatch, Index
 from kvindexer.settings import Settings
+from kvindexer.tokenization.blocks import keys_from_locals
 from kvindexer.types import Keyspace
 
 _encode = msgspec.json.Encoder().encode
@@ -86,7 +87,8 @@ class QueryRoutes:
             raise TooLargeError(
                 "prompt in tokens", len(hashes) * block_size, self._max_prompt_tokens, "max_prompt_tokens"
             )
-        return KeyPrompt((keys_of_locals if name == "block_hashes" else key_array)(hashes, name))
+        keys = unsigned(hashes, name)
+        return KeyPrompt(keys_from_locals(keys) if name == "block_hashes" else keys)
 
     def _keyspaces(self, query: Scope) -> list[Keyspace]:
         if query.lora_id and query.lora_id > 0 and not query.lora_name:

@@ -15,7 +15,7 @@ from kvindexer.api.decoding import reader
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.lookup import DEFAULT_TENANT
 from kvindexer.api.openapi import answer_body, request_body
-from kvindexer.api.registration import Registration, Unregistration, source_of
+from kvindexer.api.registration import Registration, Unregistration, source_of, type_named
 from kvindexer.api.rfc_schemas import one_of
 from kvindexer.errors import RequestError
 
@@ -98,7 +98,8 @@ def routes(fleet: Fleet) -> APIRouter:
         of_dynamo = isinstance(body.instance_id, int)
         tenant = one_of(body, "tenant_id", "routing_group") or (None if of_dynamo else DEFAULT_TENANT)
         model = one_of(body, "model", "modelname", "model_name")
-        removed = fleet.unregister(instance, model=model, tenant=tenant, rank=body.dp_rank)
+        source_type = type_named(body.type) if body.type else None
+        removed = fleet.unregister(instance, model=model, tenant=tenant, rank=body.dp_rank, source_type=source_type)
         if not removed:
             raise RequestError(
                 "unknown_instance",

@@ -27,7 +27,7 @@ from kvindexer.index.seam import Change, Index
 from kvindexer.index.topology import is_store
 from kvindexer.settings import Settings
 from kvindexer.tiering.media import tier_named
-from kvindexer.types import TIERS, SourceSpec, Tier
+from kvindexer.types import TIERS, SourceSpec, SourceType, Tier
 
 _log = logging.getLogger(__name__)
 _TRUST = {State.GONE: 0, State.STALE: 1, State.SYNCING: 2, State.LIVE: 3}
@@ -148,16 +148,24 @@ class LiveFleet:
         try:
             self._subscriber.add(source, spec.replay, spec.topic, stream)
         except KvIndexerError:
-            self.unregister(spec.instance, model=spec.model, tenant=spec.tenant, rank=spec.rank)
+            self.unregister(
+                spec.instance, model=spec.model, tenant=spec.tenant, rank=spec.rank, source_type=spec.type
+            )
             raise
         _log.info("source %s registered: instance %s, model %s", source, spec.instance, spec.model)
         return True
 
     def unregister(
-        self, instance: str, *, model: str | None = None, tenant: str | None = None, rank: int | None = None
+        self,
+        instance: str,
+        *,
+        model: str | None = None,
+        tenant: str | None = None,
+        rank: int | None = None,
+        source_type: SourceType | None = None,
     ) -> list[SourceSpec]:
         """Hang up on an instance's sources and forget what they hold; returns what was registered."""
-        removed = self._registry.unregister(instance, model=model, tenant=tenant, rank=rank)
+        removed = self._registry.unregister(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
         for source, spec in removed:
             if self._subscriber is not None:
                 self._subscriber.remove(source)
@@ -196,7 +204,7 @@ class LiveFleet:
         )
 
     def _complete(self, known: _Source) -> bool:
-        return known.stream.complete and not self.index.stats(known.source).truncated
+        return known.stream.complete and not self.index.truncated(known.source)
 
     def _lag_s(self, known: _Source, now: float) -> float:
         backlog_s = self._subscriber.backlog_s(known.source, now) if self._subscriber is not None else 0.0

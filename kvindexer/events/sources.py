@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from typing import Final
 
 from kvindexer.errors import ConflictError, RequestError, TooLargeError
-from kvindexer.types import SourceSpec
+from kvindexer.types import SourceSpec, SourceType
+
+_PRIVATE: Final = "additional_salt"
 
 
 class Registry:
@@ -59,9 +62,15 @@ class Registry:
         return source
 
     def unregister(
-        self, instance: str, *, model: str | None = None, tenant: str | None = None, rank: int | None = None
+        self,
+        instance: str,
+        *,
+        model: str | None = None,
+        tenant: str | None = None,
+        rank: int | None = None,
+        source_type: SourceType | None = None,
     ) -> list[tuple[str, SourceSpec]]:
-        """Remove an instance's sources, all or those of one model, tenant or rank; returns what was removed."""
+        """Remove an instance's sources, all or those of one model, tenant, rank or type; returns what was removed."""
         chosen = [
             (source, spec)
             for source, spec in self._specs.items()
@@ -69,6 +78,7 @@ class Registry:
             and model in (None, spec.model)
             and tenant in (None, spec.tenant)
             and rank in (None, spec.rank)
+            and source_type in (None, spec.type)
         ]
         for source, _ in chosen:
             del self._specs[source]
@@ -103,5 +113,7 @@ def _same_holder(one: SourceSpec, other: SourceSpec) -> bool:
 
 
 def _differences(known: SourceSpec, new: SourceSpec) -> str:
+    """What differs, without the salt of a deployment, which is nobody else's business."""
     names = [name for name in SourceSpec.__slots__ if getattr(known, name) != getattr(new, name)]
-    return ", ".join(f"{name} is {getattr(known, name)!r}, not {getattr(new, name)!r}" for name in names)
+    shown = (f"{name} is {getattr(known, name)!r}, not {getattr(new, name)!r}" for name in names if name != _PRIVATE)
+    return ", ".join([*shown, *(["the additional salt is another"] if _PRIVATE in names else [])])

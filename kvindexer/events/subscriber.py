@@ -107,14 +107,14 @@ class Subscription:
 
     def pump(self, limit: int) -> bool:
         """See `Pump.pump`."""
+        if self._closed:
+            return False
+        # once a turn is enough: libzmq dials again 100 ms after a disconnect at the earliest, a turn is much shorter
+        self._read_monitor()
         for _ in range(limit):
-            if self._closed:
+            if self._closed or not _readable(self._socket):
                 return False
-            self._read_monitor()
-            try:
-                frames = self._socket.recv_multipart(flags=zmq.NOBLOCK)
-            except zmq.Again:
-                return False
+            frames = self._socket.recv_multipart(flags=zmq.NOBLOCK)
             if len(frames) != _FRAMES or len(frames[1]) != _SEQ_BYTES:
                 self._owner.sink.dropped(self.source, "bad_frames")
                 continue
@@ -122,11 +122,8 @@ class Subscription:
         return True
 
     def _read_monitor(self) -> None:
-        while True:
-            try:
-                event = parse_monitor_message(self._monitor.recv_multipart(flags=zmq.NOBLOCK))["event"]
-            except zmq.Again:
-                return
+        while _readable(self._monitor):
+            event = parse_monitor_message(self._monitor.recv_multipart(flags=zmq.NOBLOCK))["event"]
             now = time.monotonic()
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._down_at = None
@@ -193,6 +190,11 @@ class Subscription:
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
+
+
+def _readable(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a message is waiting; asking costs less than an exception that says no."""
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 class Subscriber:

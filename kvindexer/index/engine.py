@@ -330,6 +330,10 @@ class PyIndex:
         orphans = sum(block_hash in place.copies for block_hash in share.domain.unbound for place in places)
         return SourceStats(share.blocks(), len(share.domain.bindings), orphans, share.truncated)
 
+    def truncated(self, source: str) -> bool:
+        """See `Index.truncated`."""
+        return self._shares[source].truncated
+
     def copies(self, source: str) -> dict[tuple[int, int, Tier, str | None, EngineHash], int]:
         """See `Index.copies`."""
         return {

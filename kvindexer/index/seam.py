@@ -129,7 +129,10 @@ class Index(Protocol):
         """Instances that a match in this keyspace could name."""
 
     def stats(self, source: str) -> SourceStats:
-        """Sizes of one source's share."""
+        """Sizes of one source's share; may look at each of its orphans."""
+
+    def truncated(self, source: str) -> bool:
+        """Whether entries of this source were dropped at a bound; cheap."""
 
     def copies(self, source: str) -> dict[tuple[int, int, Tier, str | None, EngineHash], int]:
         """Every entry of a source: (rank, group, tier, ownership, engine hash) -> copies."""

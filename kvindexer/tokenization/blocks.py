@@ -81,9 +81,9 @@ def prompt_keys(tokens: bytes, block_size: int, extras: Mapping[int, bytes] | No
     return array("Q", chain_keys(None, local_hashes(tokens, block_size, extras)))
 
 
-def keys_from_locals(locals_: Iterable[int]) -> array[int]:
-    """Block keys of a prompt whose local hashes the caller has (Dynamo's `block_hashes`), signed or not."""
-    return array("Q", chain_keys(None, [local & 0xFFFF_FFFF_FFFF_FFFF for local in locals_]))
+def keys_from_locals(locals_: array[int]) -> array[int]:
+    """Block keys of a prompt whose local hashes the caller has (Dynamo's `block_hashes`), as `array("Q")`."""
+    return array("Q", chain_keys(None, locals_))
 
 
 __all__ = [
