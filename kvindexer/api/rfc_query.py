@@ -148,23 +148,22 @@ def _dynamo(found: Iterable[Found]) -> DynamoAnswer:
         for match in matches:
             if not match.usable:
                 continue
-            gpu, cpu, _, remote = _within(match, match.cumulative)
+            instance, rank = match.instance, str(match.rank)
+            gpu, cpu, _, remote = match.cumulative if match.usable == match.held else _within(match, match.cumulative)
             gpu *= size
-            longest, rank = match.usable * size, str(match.rank)
-            figures = instances.get(match.instance)
+            figures = instances.get(instance)
             if figures is None:
-                instances[match.instance] = figures = DynamoFigures(
-                    longest, gpu, {rank: gpu}, cpu * size, remote * size
-                )
-            else:
-                figures.longest_matched = max(figures.longest_matched, longest)
-                figures.gpu = max(figures.gpu, gpu)
-                figures.cpu = max(figures.cpu, cpu * size)
-                figures.disk = max(figures.disk, remote * size)
-                figures.dp[rank] = max(figures.dp.get(rank, 0), gpu)
+                instances[instance] = DynamoFigures(match.usable * size, gpu, {rank: gpu}, cpu * size, remote * size)
+                if gpu:
+                    scores[instance] = {rank: gpu}
+                continue
+            figures.longest_matched = max(figures.longest_matched, match.usable * size)
+            figures.gpu = max(figures.gpu, gpu)
+            figures.cpu = max(figures.cpu, cpu * size)
+            figures.disk = max(figures.disk, remote * size)
+            figures.dp[rank] = max(figures.dp.get(rank, 0), gpu)
             if gpu:
-                of_instance = scores.setdefault(match.instance, {})
-                of_instance[rank] = figures.dp[rank]
+                scores.setdefault(instance, {})[rank] = figures.dp[rank]
     return answer
 
 

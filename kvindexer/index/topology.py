@@ -85,8 +85,6 @@ class Holder(NamedTuple):
     connector: bool
     """It loads from below the GPU."""
     speculative_blocks: int
-    only: int | None
-    """Number of its slot, if it has one slot alone and no tail: then its prefix is that slot's."""
     bits: int
     """All its primary slots."""
 
@@ -114,6 +112,10 @@ class Topology:
         """All holders' primary slots."""
         for holder in self.holders:
             self.bits |= holder.bits
+        self.holder_of = {holder.bits: holder for holder in self.holders}
+        """By bits: the holder; by one bit if it is `plain`."""
+        self.plain = all(len(holder.prefix) == 1 and not holder.tails for holder in self.holders)
+        """Every holder is one slot, of which every block is needed."""
 
     def _add(self, instance: str, rank: int, slots: list[Slot], stores: list[Slot], lent: dict[int, int]) -> None:
         slots = [slot for slot in slots if slot.seen] or (slots if stores else [])
@@ -145,7 +147,6 @@ class Topology:
                 any(not rule.known if rule else len(rules) > 1 for rule in rules.values()),
                 connector,
                 slots[0].spec.speculative_blocks,
-                prefix[0] if len(prefix) == len(rules) == 1 else None,
                 sum(primary.bit for primary in primaries.values()),
             )
         )

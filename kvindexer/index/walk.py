@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Final, NamedTuple
 
 from kvindexer.index.seam import HolderMatch
@@ -46,15 +46,47 @@ def match(
     `wanted` are the bits of all their slots.
     """
     tiers = [tier for tier in TIERS if space.tiers[tier]]
+    cap = max(0, (prompt_tokens - 1) // space.keyspace.block_size)
+    if tiers == [Tier.GPU] and space.topology.plain:
+        return _match_gpu(space, keys, wanted, cap)
     segments = _segments(space, keys, tiers, wanted)
     if not segments:
         return []
     walk = _Walk(segments, tiers, wanted)
-    cap = max(0, (prompt_tokens - 1) // space.keyspace.block_size)
-    if tiers == [Tier.GPU]:
-        return walk.match_gpu(holders, cap)
     matches = (walk.match(holder, cap) for holder in holders)
     return [found for found in matches if found is not None]
+
+
+def _match_gpu(space: Space, keys: array[int], wanted: int, cap: int) -> list[HolderMatch]:
+    """The walk where only GPUs hold blocks and every holder is one slot: a bit that drops out is an answer.
+
+    It says what the general walk says (the tests compare them); most fleets and most queries are like this.
+    """
+    topology = space.topology
+    holder_of = topology.holder_of
+    found: list[HolderMatch] = []
+    alive, before, depth = wanted, -1, 0
+    # a mask that follows the last block: there everybody who is left drops out
+    for depth, mask in enumerate(chain(map(space.tiers[Tier.GPU].get, keys, repeat(0)), (0,))):
+        if mask == before:
+            continue
+        before = mask
+        gone = alive & ~(_fed(mask, topology.feeds) if topology.feeds else mask)
+        alive ^= gone
+        while gone and depth:
+            bit = gone & -gone
+            gone ^= bit
+            holder = holder_of[bit]
+            cached = max(0, min(depth, cap) - holder.speculative_blocks)
+            alone, cumulative = (depth, 0, 0, 0), (depth, depth, depth, depth)
+            found.append(
+                HolderMatch(
+                    holder.instance, holder.rank, depth, depth, cached, alone, cumulative, holder.unknown_group
+                )
+            )
+        if not alive:
+            break
+    return found
 
 
 def _segments(space: Space, keys: array[int], tiers: Sequence[Tier], wanted: int) -> list[Segment]:
@@ -123,27 +155,6 @@ class _Walk:
             end = segment.end
         _note(depths, alive, end)
         return depths
-
-    def match_gpu(self, holders: Sequence[Holder], cap: int) -> list[HolderMatch]:
-        """The figures of all holders where only GPUs hold blocks: the common case, and then most of a query."""
-        depths = self._alone[0]
-        found = []
-        for holder in holders:
-            if holder.only is None:
-                match = self.match(holder, cap)
-                if match is not None:
-                    found.append(match)
-                continue
-            held = depths.get(holder.only)
-            if held is not None:
-                cached = max(0, (min(cap, held)) - holder.speculative_blocks)
-                alone, cumulative = (held, 0, 0, 0), (held, held, held, held)
-                found.append(
-                    HolderMatch(
-                        holder.instance, holder.rank, held, held, cached, alone, cumulative, holder.unknown_group
-                    )
-                )
-        return found
 
     def match(self, holder: Holder, cap: int) -> HolderMatch | None:
         """This holder's figures; `cap` is how many blocks an engine reuses at most without a connector."""
