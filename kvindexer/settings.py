@@ -150,8 +150,9 @@ class Settings(BaseSettings):
         description="Largest message of a publisher in bytes; a larger one is dropped and counted.",
     )
     receive_hwm: Count = Field(
-        default=100_000,
-        description="Most messages that wait in a source's socket; past it they are lost, seen as a gap.",
+        default=1_000,
+        description="Most messages that wait in a source's socket; past it they wait at the publisher, which drops "
+        "what is beyond its own limit (seen as a gap).",
     )
     held_max_frames: Count = Field(
         default=10_000,
