@@ -3,9 +3,10 @@
 # ARGS goes to the command: make run ARGS="--port 8090", make test ARGS="-k settings".
 
 .POSIX:
-.PHONY: run test lint format format-check types bench clean help
+.PHONY: run test lint format format-check types bench e2e-vllm clean help
 
 VENV = .venv
+VLLM_VENV = .venv-vllm
 PYTHON_IN = $(VENV)/bin/python
 PIP = $(PYTHON_IN) -m pip --disable-pip-version-check --quiet
 ARGS =
@@ -31,11 +32,15 @@ types: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(PYTHON_IN) -m benchmarks --write docs/benchmarks.md $(ARGS)
 
+# Optional, x86-64 Linux: two real vLLM servers on the CPU; the first time it installs 2.5 GB.
+e2e-vllm: $(VENV)/run.stamp $(VLLM_VENV)/vllm.stamp
+	PYTHONPATH=tests $(PYTHON_IN) -m e2e_vllm --vllm-python $(VLLM_VENV)/bin/python --write docs/e2e-vllm.md $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 help:
-	@echo "make run | test | lint | format | format-check | types | bench | clean"
+	@echo "make run | test | lint | format | format-check | types | bench | e2e-vllm | clean"
 
 $(VENV)/made.stamp: scripts/find-python
 	python=$$(PYTHON="$(PYTHON)" sh scripts/find-python) && "$$python" -m venv --clear $(VENV)
@@ -48,4 +53,9 @@ $(VENV)/run.stamp: $(VENV)/made.stamp requirements.lock pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.lock
 	$(PIP) install --only-binary :all: --requirement requirements-dev.lock
+	touch $@
+
+$(VLLM_VENV)/vllm.stamp: $(VENV)/made.stamp tests/e2e_vllm/install.py
+	$(PYTHON_IN) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python tests/e2e_vllm/install.py
 	touch $@
