@@ -11,12 +11,15 @@ maps of vLLM's wire before they are packed; hashes are unsigned integers.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import msgpack  # type: ignore[import-untyped]
 
+from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
+from kvindexer.tokenization.extras import prompt_extras
 from kvindexer.types import TIERS, Keyspace, SourceSpec, Tier
 
 Event = dict[str, Any]
@@ -40,6 +43,11 @@ class Prompt(NamedTuple):
             (self.tokens[at : at + size], self.lora, (("salt", self.salt),) if self.salt and not at else ())
             for at in range(0, len(self.tokens) - size + 1, size)
         )
+
+    def keys(self, size: int) -> array[int]:
+        """What the real index is asked with."""
+        extras = prompt_extras(len(self.tokens) // size, size, lora=self.lora, cache_salt=self.salt)
+        return prompt_keys(pack_tokens(self.tokens), size, extras)
 
     def extra_keys(self, start: int, end: int) -> list[list[str] | None]:
         """What an event says of these blocks beside their tokens."""

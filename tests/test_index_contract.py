@@ -13,8 +13,6 @@ import recordings
 from kvindexer.errors import WireError
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import HolderMatch, Holding, Index
-from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
-from kvindexer.tokenization.extras import prompt_extras
 from kvindexer.types import TIERS, Keyspace, SourceSpec, Tier
 from oracle import Prompt, cleared, payload, placeholder, removed, stored
 
@@ -52,10 +50,7 @@ def whole(start: int = 0, end: int = 10, **more: Any) -> dict[str, Any]:
 def ask(
     index: Index, prompt: Prompt = PROMPT, candidates: Sequence[str] | None = None, keyspace: Keyspace = SPACE
 ) -> dict[tuple[str, int], HolderMatch]:
-    size = keyspace.block_size
-    extras = prompt_extras(len(prompt.tokens) // size, size, lora=prompt.lora, cache_salt=prompt.salt)
-    keys = prompt_keys(pack_tokens(prompt.tokens), size, extras)
-    found = index.match(keyspace, keys, len(prompt.tokens), candidates)
+    found = index.match(keyspace, prompt.keys(keyspace.block_size), len(prompt.tokens), candidates)
     answers = {(match.instance, match.rank): match for match in found}
     assert len(answers) == len(found)
     return answers
@@ -161,7 +156,7 @@ def test_locate_names_each_place_once(index: Index) -> None:
     index.attach("shared", STORE)
     index.apply("s", payload([whole(0, 2), whole(0, 2, group_idx=1), placeholder(HASHES[:1])]))
     index.apply("shared", payload([placeholder(HASHES[1:2], medium=None)]))
-    keys = prompt_keys(pack_tokens(PROMPT.tokens), SIZE)
+    keys = PROMPT.keys(SIZE)
     first, second, third = index.locate(SPACE, keys[:3])
     gpu, cpu = Holding("s", "pod-a", 0, Tier.GPU), Holding("s", "pod-a", 0, Tier.CPU)
     assert sorted(first) == [gpu, cpu]

@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvindexer.index.engine import PyIndex
-from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
-from kvindexer.tokenization.extras import prompt_extras
 from kvindexer.types import TIERS, Keyspace, SourceSpec, Tier
 from oracle import Event, Oracle, Prompt, cleared, payload, placeholder, removed, stored
 
@@ -52,6 +50,7 @@ SPECS = {
     "set-like": spec("pod-s", type="sglang"),
     "full report": spec("pod-f", report_mode="full", offload_connector=False),
     "wide": spec("pod-w"),
+    "windowed": spec("pod-n", speculative_blocks=1),
     "store": spec("store", type="store", tier="remote", readers=("pod-a", "pod-w", "pod-h")),
     "chunk store": spec("disks", type="store", tier="disk", readers=("pod-b",), offload_blocks_per_chunk=3),
 }
@@ -63,12 +62,13 @@ FLEETS = (
     ("chunked",),
     ("ranked", "chunk store"),
     ("set-like", "full report", "ranked"),
+    ("windowed", "full report"),
     ("wide", "hybrid", "plain", "chunked", "store"),
 )
 RANKS = st.sampled_from((None, None, None, 0, 1))
 MEDIA = ("GPU", "CPU", "STORAGE", "OBJ")
 GROUPS: dict[int, dict[str, Any]] = {
-    0: {"group_idx": 0, "kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 6},
+    0: {"group_idx": 0, "kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 9},
     1: {"group_idx": 1},
     2: {"group_idx": 2, "kv_cache_spec_kind": "mamba"},
 }
@@ -97,14 +97,15 @@ def stores(draw: st.DrawFn, source: str) -> list[Event]:
     start = draw(st.sampled_from((0, 0, 0, *range(blocks))))
     end = draw(st.integers(start + 1, blocks))
     kind = draw(st.sampled_from(("", "", "lookahead")))
-    whole = part(prompt, size, start, end, kind)
+    whole = part(prompt, size, start, end, kind, **(GROUPS[0] if source == "windowed" else {}))
     if draw(st.sampled_from(("gpu", "gpu", "gpu" if "store" not in source else "lower", "lower"))) == "lower":
         return [draw(below_the_gpu(whole)) for _ in range(draw(st.integers(1, 2)))]
     if source == "hybrid":
         return draw(hybrid_store(prompt, start, end, kind))
     if end - start > 1 and draw(st.booleans()):
         middle = draw(st.integers(start + 1, end - 1))
-        halves = [part(prompt, size, start, middle, kind), part(prompt, size, middle, end, kind)]
+        group = {name: whole[name] for name in GROUPS[0]}
+        halves = [part(prompt, size, *ends, **group) for ends in ((start, middle, kind), (middle, end, kind))]
         return draw(st.permutations(halves))
     return [whole] * draw(st.integers(1, 2))
 
@@ -159,8 +160,9 @@ class Fleet(RuleBasedStateMachine):
 
     @initialize(fleet=st.sampled_from(FLEETS), order=st.randoms(use_true_random=False))
     def begin(self, fleet: tuple[str, ...], order: Random) -> None:
+        """Some are there from the start; whoever shares hashes with a later one brings what it knows."""
         self.fleet = fleet
-        for name in order.sample(fleet, len(fleet)):
+        for name in order.sample(fleet, order.randint(1, len(fleet))):
             self.attach(name)
 
     def attach(self, name: str) -> None:
@@ -209,7 +211,8 @@ class Fleet(RuleBasedStateMachine):
         self.say(name, data.draw(st.permutations(said)), rank)
 
     @rule(
-        data=st.data(), what=st.sampled_from(("save", "save", "save", "withdraw", "withdraw", "clear", "go", "come"))
+        data=st.data(),
+        what=st.sampled_from(("save", "save", "save", "withdraw", "withdraw", "clear", "go", "come", "come")),
     )
     def upheave(self, data: st.DataObject, what: str) -> None:
         """A source is saved and loaded, loses tiers, is reset, leaves, or comes (again)."""
@@ -226,7 +229,8 @@ class Fleet(RuleBasedStateMachine):
                 self.oracle.detach(name)
                 self.say(name, data.draw(stores(name)), None)
             case _:
-                self.attach(data.draw(st.sampled_from(self.fleet)))
+                away = [name for name in self.fleet if name not in self.oracle.sources]
+                self.attach(data.draw(st.sampled_from(away or self.fleet)))
 
     def withdraw(self, name: str, tiers: set[Tier]) -> None:
         before = len(self.oracle.copies(name))
@@ -253,13 +257,11 @@ class Fleet(RuleBasedStateMachine):
                 self.ask(space, prompt, only)
 
     def ask(self, space: Keyspace, prompt: Prompt, only: set[str] | None) -> None:
-        size = space.block_size
-        extras = prompt_extras(len(prompt.tokens) // size, size, lora=prompt.lora, cache_salt=prompt.salt)
-        keys = prompt_keys(pack_tokens(prompt.tokens), size, extras)
+        keys = prompt.keys(space.block_size)
         found = self.index.match(space, keys, len(prompt.tokens), only)
         assert sorted(tuple(match) for match in found) == self.oracle.match(space, prompt, only)
         if prompt is PROMPTS[self.turn % len(PROMPTS)]:
-            path = prompt.blocks(size)
+            path = prompt.blocks(space.block_size)
             for block, places in enumerate(self.index.locate(space, keys)):
                 assert len(places) == len(set(places))
                 assert {tuple(each) for each in places} == self.oracle.locate(space, path[: block + 1])

@@ -10,7 +10,6 @@ import pytest
 
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import HolderMatch, IndexLimits
-from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
 from kvindexer.types import TIERS, Keyspace, SourceSpec, Tier
 from oracle import Prompt, cleared, payload, placeholder, removed, stored
 
@@ -28,8 +27,7 @@ def whole(start: int = 0, end: int = 12, size: int = SIZE, **more: Any) -> dict[
 
 
 def ask(index: PyIndex, size: int = SIZE, instance: str = "pod-a") -> HolderMatch | None:
-    keys = prompt_keys(pack_tokens(PROMPT.tokens), size)
-    found = index.match(SPACE._replace(block_size=size), keys, len(PROMPT.tokens), [instance])
+    found = index.match(SPACE._replace(block_size=size), PROMPT.keys(size), len(PROMPT.tokens), [instance])
     return found[0] if found else None
 
 
@@ -75,8 +73,7 @@ def test_orphans_that_move_to_their_block_size_are_shown_once() -> None:
     assert found.alone == (3, 3, 0, 0)
     change = index.apply("s", payload([removed(HASHES[:3], medium="CPU"), removed(HASHES[:3])]))
     assert change.skipped == {}
-    keys = prompt_keys(pack_tokens(PROMPT.tokens), 8)
-    assert index.locate(SPACE._replace(block_size=8), keys[:3]) == [[], [], []]
+    assert index.locate(SPACE._replace(block_size=8), PROMPT.keys(8)[:3]) == [[], [], []]
 
 
 @pytest.mark.parametrize("late", ["parent", "chain"])
