@@ -240,6 +240,22 @@ def test_a_store_attached_after_its_blocks_were_announced_by_a_reader(index: Ind
     assert answers["pod-b", 0].alone == (0, 0, 0, 2)
 
 
+def test_a_store_brings_readers_together_that_hold_the_same_hashes(index: Index) -> None:
+    """What each of them holds is counted once, also by those who joined the other's domain."""
+    index.attach("s", POD)
+    index.attach("t", pod("pod-b"))
+    index.apply("s", payload([whole(0, 6)]))
+    index.apply("t", payload([whole(0, 4), whole(6, 8)]))
+    index.attach("shared", replace(STORE, readers=("*",)))
+    assert {name: match.held for (name, _), match in ask(index).items()} == {"pod-a": 6, "pod-b": 4}
+    index.apply("s", payload([whole(6, 7)]))
+    index.apply("t", payload([whole(4, 6)]))
+    assert {name: match.held for (name, _), match in ask(index).items()} == {"pod-a": 7, "pod-b": 8}
+    for name in ("s", "t"):
+        assert index.apply(name, payload([removed(HASHES[1:6])])).skipped == {}
+    assert {name: match.held for (name, _), match in ask(index).items()} == {"pod-a": 1, "pod-b": 1}
+
+
 def test_another_block_size_on_the_wire_is_a_keyspace_of_its_own(index: Index) -> None:
     index.attach("s", POD)
     event = stored(PROMPT, HASHES[:3], size=8)
@@ -300,6 +316,20 @@ def test_a_connector_goes_on_below_the_gpu(index: Index) -> None:
     index.attach("s", replace(POD, offload_connector=False))
     index.apply("s", payload([whole(), placeholder(HASHES[9:])]))
     assert ask(index)["pod-a", 0].cached == 9
+
+
+def test_a_connector_gets_no_further_than_the_rules_of_all_groups(index: Index) -> None:
+    """Full attention has all blocks below the GPU, the window ends earlier."""
+    window = {"kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 6}
+    index.attach("s", POD)
+    index.apply("s", payload([{**whole(0, 6), **window}, whole(0, 2, group_idx=1)]))
+    index.apply("s", payload([placeholder(HASHES, group_idx=1)]))
+    match = ask(index)["pod-a", 0]
+    assert (match.held, match.usable, match.cached) == (6, 6, 6)  # the rest is not bound yet
+    index.apply("s", payload([whole(2, 10, group_idx=1)]))
+    match = ask(index)["pod-a", 0]
+    assert (match.held, match.usable, match.cached) == (10, 6, 6)
+    assert match.alone == (10, 10, 0, 0)
 
 
 @pytest.mark.parametrize("junk", [b"", b"\x00", b"\xc1\xff", msgpack.packb([99, [], [], [], None, [], False])])

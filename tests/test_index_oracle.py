@@ -51,7 +51,7 @@ SPECS = {
     "full report": spec("pod-f", report_mode="full", offload_connector=False),
     "wide": spec("pod-w"),
     "windowed": spec("pod-n", speculative_blocks=1),
-    "store": spec("store", type="store", tier="remote", readers=("pod-a", "pod-w", "pod-h")),
+    "store": spec("store", type="store", tier="remote", readers=("pod-a", "pod-b", "pod-w", "pod-h")),
     "chunk store": spec("disks", type="store", tier="disk", readers=("pod-b",), offload_blocks_per_chunk=3),
 }
 FLEETS = (
@@ -61,6 +61,7 @@ FLEETS = (
     ("hybrid", "store"),
     ("chunked",),
     ("ranked", "chunk store"),
+    ("plain", "ranked", "store"),
     ("set-like", "full report", "ranked"),
     ("windowed", "full report"),
     ("wide", "hybrid", "plain", "chunked", "store"),
