@@ -145,6 +145,11 @@ class Settings(BaseSettings):
         default=("tcp://*",),
         description="Patterns (* and ?) of which an endpoint must match one to be dialled.",
     )
+    bind_endpoints: Annotated[tuple[str, ...], BeforeValidator(_from_text)] = Field(
+        default=(),
+        description="Endpoints to listen on for engines that dial in; their sources are told apart by topic and "
+        "rank, which any peer can claim.",
+    )
     max_message_bytes: Bytes = Field(
         default=64 * MIB,
         description="Largest message of a publisher in bytes; a larger one is dropped and counted.",
@@ -260,6 +265,8 @@ class Settings(BaseSettings):
         dialled: dict[str, SourceSpec] = {}
         for place, spec in enumerate(self.sources):
             key = f"sources[{place}].endpoint"
+            if spec.endpoint in self.bind_endpoints:
+                continue
             if not self.allows(spec.endpoint):
                 raise SettingsError(key, spec.endpoint, f"a match of allowed_endpoints {self.allowed_endpoints}")
             if dialled.setdefault(spec.endpoint, spec) != spec:

@@ -18,11 +18,12 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from kvindexer.errors import KvIndexerError, WireError
+from kvindexer.events.sockets import SubscriberSettings
 from kvindexer.events.sources import Registry
 from kvindexer.events.states import State
 from kvindexer.events.status import InstanceStatus, SourceReport
 from kvindexer.events.stream import Stream, StreamSettings
-from kvindexer.events.subscriber import Subscriber, SubscriberSettings
+from kvindexer.events.subscriber import Subscriber
 from kvindexer.index.seam import Change, Index
 from kvindexer.index.topology import is_store
 from kvindexer.settings import Settings
@@ -74,7 +75,7 @@ class LiveFleet:
         self.settings = settings
         self.index = open_index(self._least_trusted)
         self._counters = counters
-        self._registry = Registry(settings.allowed_endpoints, settings.max_sources)
+        self._registry = Registry(settings.allowed_endpoints, settings.max_sources, settings.bind_endpoints)
         self._sources: dict[str, _Source] = {}
         self._by_instance: dict[str, list[_Source]] = {}
         self._statuses: dict[str, tuple[float, InstanceStatus]] = {}
@@ -101,6 +102,8 @@ class LiveFleet:
         )
         self._started_at = time.monotonic()
         try:
+            for endpoint in settings.bind_endpoints:
+                self._subscriber.bind(endpoint)
             for spec in settings.sources:
                 self.register(spec)
             self._awaited = set(self._sources)
@@ -133,6 +136,7 @@ class LiveFleet:
         stream = Stream(
             StreamSettings(
                 replayable=spec.replay is not None,
+                dialled=spec.endpoint not in settings.bind_endpoints,
                 held_max_frames=settings.held_max_frames,
                 held_max_bytes=settings.held_max_bytes,
                 probe_interval_s=settings.probe_interval_s * spread,
@@ -146,7 +150,7 @@ class LiveFleet:
         self._sources[source] = known = _Source(source, spec, stream)
         self._by_instance.setdefault(spec.instance, []).append(known)
         try:
-            self._subscriber.add(source, spec.replay, spec.topic, stream)
+            self._subscriber.add(source, spec, stream)
         except KvIndexerError:
             self.unregister(
                 spec.instance, model=spec.model, tenant=spec.tenant, rank=spec.rank, source_type=spec.type

@@ -19,8 +19,14 @@ _PRIVATE: Final = "additional_salt"
 class Registry:
     """The registered sources, by identity."""
 
-    def __init__(self, allowed_endpoints: tuple[str, ...] = ("tcp://*",), max_sources: int = 4096) -> None:
+    def __init__(
+        self,
+        allowed_endpoints: tuple[str, ...] = ("tcp://*",),
+        max_sources: int = 4096,
+        bind_endpoints: tuple[str, ...] = (),
+    ) -> None:
         self._allowed = allowed_endpoints
+        self._bound = bind_endpoints
         self._max_sources = max_sources
         self._specs: dict[str, SourceSpec] = {}
 
@@ -38,10 +44,10 @@ class Registry:
 
         Raises ConflictError, TooLargeError, or RequestError for an endpoint that may not be dialled.
         """
+        source = self._identity(spec)
         for endpoint in (spec.endpoint, spec.replay):
-            if endpoint is not None:
+            if endpoint is not None and endpoint not in self._bound:
                 self._check_endpoint(endpoint)
-        source = spec.endpoint
         known = self._specs.get(source)
         if known == spec:
             return None
@@ -83,6 +89,18 @@ class Registry:
         for source, _ in chosen:
             del self._specs[source]
         return chosen
+
+    def _identity(self, spec: SourceSpec) -> str:
+        """What we dial; of a publisher that dials us the topic and rank too, for nothing else tells it apart."""
+        if spec.endpoint not in self._bound:
+            return spec.endpoint
+        if not spec.topic:
+            raise RequestError(
+                "topic_needed",
+                f"publishers that dial in to {spec.endpoint} are told apart by their topics",
+                "give the topic that the engine publishes under",
+            )
+        return f"{spec.endpoint}#{spec.topic}#{spec.rank}"
 
     def _check_endpoint(self, endpoint: str) -> None:
         if not any(fnmatchcase(endpoint, pattern) for pattern in self._allowed):

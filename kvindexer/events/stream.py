@@ -19,6 +19,9 @@ lives the same life, since payloads carry a time stamp and so never repeat.
     above last seq, after a disconnect               unproven                      go on, not sound, not complete
     none in time                                     unknown                       go on, flags off, ask again later
 
+While a life is in doubt (the last row) it is asked for from where the doubt began: what has come since may be of
+another life, and proves nothing.
+
 Invariants: a payload is applied at most once a life, in the order of its seq; a loss that was noticed is either
 repaired or takes the flags off; a source never goes dark, whatever its replay socket does.
 """
@@ -35,18 +38,23 @@ from kvindexer.events.states import TRANSITIONS, Action, Apply, Ask, Drop, Purpo
 from kvindexer.types import Epoch, Seq
 
 _RECENT_DIGESTS: Final = 256
+_MOST_PARTS: Final = 8
+"""A replay that keeps breaking off is asked for the rest at once so many times, while live frames wait behind it."""
 
 
 @dataclass(slots=True)
 class _Replay:
     purpose: Purpose
     start: int
+    digest: bytes | None
+    """Of the message it starts from, if that was applied."""
     connection: int
     """Which connection of the live socket it was asked on: it proves nothing of later ones."""
     answered: bool = False
     abandoned: bool = False
     from_zero: bool = False
     """Its first reply was the first message of the life."""
+    applied: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +62,8 @@ class StreamSettings:
     """Times in seconds, sizes in bytes; see `Settings` for what each is for."""
 
     replayable: bool = True
+    dialled: bool = True
+    """Whether the transport tells that this very publisher is connected, which is a sign of life."""
     held_max_frames: int = 10_000
     held_max_bytes: int = 64 * 2**20
     probe_interval_s: float = 5.0
@@ -86,15 +96,21 @@ class Stream:
         """Messages are missing that a replay from 0 might still bring."""
         self._damaged = False
         """A message of this life said something that could not be read or kept; no replay helps."""
+        self._uncertain = False
+        """Entries were kept that may be gone; no replay helps."""
+        self._doubted: tuple[int, bytes] | None = None
+        """A replay failed, and this is the newest message known to be of one life with those before; -1: none is."""
         self._connected = False
         self._connections = 0
         self._disconnected_since_last = False
         self._live_seq: int | None = None
+        self._live_digest = b""
         self._digests: dict[int, bytes] = {}
         self._held = HeldFrames(settings.held_max_frames, settings.held_max_bytes)
         self._overflowed = False
         self._replay: _Replay | None = None
         self._retry_s = settings.retry_min_s
+        self._parts = 0
         self._ask_at: float | None = None
         self._asked_hole: tuple[int, int] | None = None
 
@@ -103,12 +119,12 @@ class Stream:
     @property
     def sound(self) -> bool:
         """Nothing is claimed that may be gone."""
-        return self._sound and not self._damaged and not self._gap_open
+        return self._sound and not (self._damaged or self._uncertain or self._doubted or self._gap_open)
 
     @property
     def complete(self) -> bool:
         """Nothing that is held may be missing."""
-        return self._complete and not self._damaged and not self._gap_open
+        return self._complete and not (self._damaged or self._doubted or self._gap_open)
 
     @property
     def _gap_open(self) -> bool:
@@ -143,11 +159,13 @@ class Stream:
             self._move(Signal.HEARD, "heard again")
         digest = xxh3_128_digest(payload)
         newest, self._live_seq = self._live_seq, seq
+        newest_digest, self._live_digest = self._live_digest, digest
         went_back = newest is not None and seq <= newest
         if went_back or (self.last_seq is not None and seq <= self.last_seq):
-            known = self._digest_of(seq)
+            known = newest_digest if seq == newest else self._digest_of(seq)
             if known == digest:
-                self._live_seq = seq if newest is None else max(seq, newest)
+                if newest is not None and newest > seq:
+                    self._live_seq, self._live_digest = newest, newest_digest
                 return [*actions, Drop("duplicate")]
             if known is None and not went_back:
                 return [*actions, Drop("overlap")]
@@ -180,7 +198,7 @@ class Stream:
     def _joined_or_lost(self, seq: int) -> None:
         """Messages before this one will not come any more."""
         if self.last_seq is None:
-            self._complete = False
+            self._complete, self._holes = False, True
             self.why = f"joined at seq {seq}"
         else:
             self._flags_off(f"{seq - self.last_seq - 1} messages lost before seq {seq}")
@@ -203,6 +221,7 @@ class Stream:
         if self.last_seq is not None and seq <= self.last_seq:
             return [*actions, Drop("overlap")]
         if self.last_seq is None or seq == self.last_seq + 1:
+            replay.applied += 1
             return [*actions, self._apply(seq, payload, digest)]
         return actions + self._hold(seq, payload, digest, now)
 
@@ -215,11 +234,14 @@ class Stream:
         self._replay = None
         self.replays += 1
         self._retry_s = self._settings.retry_min_s
+        self._parts = 0
         if not replay.answered and self.last_seq is not None:
             return self._new_life("the replay knows nothing of its last message") + self._ask(Purpose.SYNC, 0)
         if replay.abandoned:
-            return self._drain(now)
+            actions = self._drain(now)
+            return actions + self._check() if self._doubted and self._replay is None else actions
         self.verified_at = now
+        self._doubted = None
         up_to_date = self._connected and replay.connection == self._connections
         self._disconnected_since_last = self._disconnected_since_last and not up_to_date
         if replay.purpose is not Purpose.CHECK:
@@ -233,11 +255,22 @@ class Stream:
         return actions
 
     def replay_failed(self, reason: str, now: float) -> list[Action]:
-        """No answer in time, garbage, or too much of it: go on live, ask again later."""
-        if self._replay is None:
+        """No answer in time, garbage, or too much of it: ask for the rest, or go on live and ask again later."""
+        replay = self._replay
+        if replay is None:
             return []
         self._replay = None
-        self._flags_off(f"replay failed: {reason}")
+        self.why = f"replay failed: {reason}"
+        if replay.from_zero:
+            self._sound, self._complete, self._holes = True, True, False
+        proven = replay.answered and not replay.abandoned
+        if proven or self._doubted is None or self._doubted[0] < 0:
+            newest = self.last_seq
+            self._doubted = (-1, b"") if newest is None else (newest, self._digests[newest])
+        if replay.applied and self._parts < _MOST_PARTS:
+            self._parts += 1
+            return self._check()
+        self._parts = 0
         self._ask_at = now + self._retry_s
         self._retry_s = min(2 * self._retry_s, self._settings.retry_max_s)
         actions = self._drain(now, patient=False)
@@ -274,7 +307,7 @@ class Stream:
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed; call about once a second."""
-        if self._connected:
+        if self._connected and self._settings.dialled:
             self.heard_at = now
         silent_s = now - (self.heard_at if self.heard_at is not None else now)
         if silent_s >= self._settings.gone_after_s and self.state is State.STALE:
@@ -302,13 +335,14 @@ class Stream:
 
     def uncertain(self, why: str) -> None:
         """Some entries may be gone, nothing is missing."""
-        self._sound = False
+        self._uncertain = True
         self.why = why
 
     def cleared(self) -> None:
         """The engine's cache is known to be empty: whatever was lost before does not matter any more."""
         self._sound = self._complete = True
-        self._holes = self._damaged = False
+        self._holes = self._damaged = self._uncertain = False
+        self._doubted = None
         self.why = self._why_live()
 
     # Steps
@@ -320,7 +354,7 @@ class Stream:
             self.why = why
 
     def _why_live(self) -> str:
-        if self._sound and self._complete and not self._damaged:
+        if self.sound and self.complete:
             return "live"
         return self.why
 
@@ -330,12 +364,14 @@ class Stream:
         self.why = why
 
     def _check(self) -> list[Action]:
+        if self._doubted is not None and self._doubted[0] >= 0:
+            return self._ask(Purpose.CHECK, *self._doubted)
         if self.last_seq is None:
             return self._ask(Purpose.SYNC, 0)
-        return self._ask(Purpose.CHECK, self.last_seq)
+        return self._ask(Purpose.CHECK, self.last_seq, self._digests[self.last_seq])
 
-    def _ask(self, purpose: Purpose, start: int) -> list[Action]:
-        self._replay = _Replay(purpose, start, self._connections)
+    def _ask(self, purpose: Purpose, start: int, digest: bytes | None = None) -> list[Action]:
+        self._replay = _Replay(purpose, start, digest, self._connections)
         return [Ask(Seq(start))]
 
     def _apply(self, seq: int, payload: bytes, digest: bytes) -> Apply:
@@ -358,29 +394,30 @@ class Stream:
             case Purpose.SYNC:
                 bridge = self._bridge(seq)
                 replay.from_zero = self._expected == seq and (not seq or (bool(bridge) and bridge[0].seq == 0))
+                self._complete = False  # until the replay is through
                 if not replay.from_zero:
                     self.why = f"joined late: the replay buffer begins at seq {seq}"
                 return list(bridge)
             case Purpose.REBUILD if seq == 0:
                 replay.from_zero = True
-                self.last_seq = None
+                self.last_seq = self._doubted = None
                 self._digests.clear()
-                self._damaged = False
+                self._sound = self._complete = self._damaged = self._uncertain = False
                 return [Withdraw("rebuild", everything=False)]
             case Purpose.REBUILD:
                 replay.abandoned = True
                 self._holes = False  # for good: nobody has what is missing
-            case Purpose.CHECK if seq != self.last_seq:
+            case Purpose.CHECK if seq != replay.start:
                 if not self._disconnected_since_last:
                     bridged = self._bridge(seq)
-                    if self._expected == seq:
+                    if self._expected >= seq:
                         return list(bridged)
                 away = ", after a disconnect" if self._disconnected_since_last else ""
                 self._flags_off(f"the replay buffer begins behind the last message{away}")
                 self._holes = False
                 self.gaps += 1
-                self.last_seq = seq - 1
-            case Purpose.CHECK if digest != self._digests.get(seq):
+                self.last_seq = max(seq - 1, self._expected - 1)
+            case Purpose.CHECK if digest != replay.digest:
                 return self._new_life("its last message is another one now") + self._ask(Purpose.SYNC, 0)
             case Purpose.CHECK:
                 pass
@@ -434,9 +471,10 @@ class Stream:
         self.last_seq = self._live_seq = None
         self._digests.clear()
         self._held.clear()
-        self._replay = None
-        self._ask_at = None
-        self._sound, self._complete, self._holes, self._damaged = True, False, False, False
+        self._replay = self._ask_at = self._doubted = None
+        self._parts = 0
+        self._sound, self._complete = True, False
+        self._holes = self._damaged = self._uncertain = False
 
     def _new_life(self, why: str) -> list[Action]:
         self._forget()

@@ -200,6 +200,14 @@ _TAGS: Final = frozenset({"BlockStored", "BlockRemoved", "AllBlocksCleared", "st
 _UNREADABLE: Final = (ValueError, TypeError, OverflowError, RecursionError, msgspec.MsgspecError)
 
 
+def batch_rank(payload: bytes) -> int | None:
+    """The rank that a batch names.  Raises WireError if the payload is no batch."""
+    try:
+        return _decode_outer(payload).data_parallel_rank
+    except _UNREADABLE as error:
+        raise WireError("bad_batch", type(error).__name__) from None
+
+
 def decode_batch(payload: bytes, dialect: SourceType = "vllm") -> Batch:
     """Events of one message.  `dialect` is the registered type of the source.
 

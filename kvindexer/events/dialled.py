@@ -1,0 +1,100 @@
+"""A source that we dial: its SUB socket and the monitor that says whether it is connected.
+
+The shell decides nothing; it moves bytes.  The monitor is read before the SUB socket, so that a frame that came after
+a disconnect is never taken for one that came before.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from kvindexer.errors import RequestError
+from kvindexer.events.follower import Follower
+from kvindexer.events.sockets import is_readable, seq_and_payload, subscription_socket
+
+if TYPE_CHECKING:
+    from kvindexer.events.subscriber import Subscriber
+
+REDIAL_AFTER_S: Final = 1.0
+_MONITORED: Final = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECT_DELAYED
+)
+
+
+class DialledSource:
+    """One publisher, dialled."""
+
+    def __init__(self, owner: Subscriber, endpoint: str, topic: str, follower: Follower) -> None:
+        self.follower = follower
+        self._owner = owner
+        self._endpoint = endpoint
+        self._down_at: float | None = None
+        self._socket = subscription_socket(owner.context, owner.settings)
+        self._monitor = self._socket.get_monitor_socket(_MONITORED)
+        self._socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._close_sockets()
+            raise RequestError(
+                "bad_endpoint", f"can't dial {endpoint!r}: {error}", "check address and port"
+            ) from None
+        owner.pumps.watch(self._monitor, self)
+        owner.pumps.watch(self._socket, self)
+        follower.act(follower.stream.start(time.monotonic()))
+
+    def pump(self, limit: int) -> bool:
+        """See `Pump.pump`."""
+        if self.follower.closed:
+            return False
+        # once a turn is enough: libzmq dials again 100 ms after a disconnect at the earliest, a turn is much shorter
+        self._read_monitor()
+        for _ in range(limit):
+            if self.follower.closed or not is_readable(self._socket):
+                return False
+            frame = seq_and_payload(self._socket.recv_multipart(flags=zmq.NOBLOCK))
+            if frame is None:
+                self._owner.sink.dropped(self.follower.source, "bad_frames")
+            else:
+                self.follower.frame(*frame)
+        return True
+
+    def _read_monitor(self) -> None:
+        follower = self.follower
+        while is_readable(self._monitor):
+            event = parse_monitor_message(self._monitor.recv_multipart(flags=zmq.NOBLOCK))["event"]
+            now = time.monotonic()
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._down_at = None
+                follower.act(follower.stream.connected(now))
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._down_at = now
+                follower.act(follower.stream.disconnected(now))
+            else:
+                self._down_at = None  # libzmq is dialling again by itself
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        if self._down_at is not None and now - self._down_at >= REDIAL_AFTER_S:
+            # after a message above the size limit libzmq gives the connection up for good
+            self._down_at = now
+            self._owner.sink.dropped(self.follower.source, "connection_given_up")
+            self._socket.disconnect(self._endpoint)
+            self._socket.connect(self._endpoint)
+        self.follower.act(self.follower.stream.tick(now))
+
+    def close(self) -> None:
+        """Hang up."""
+        self.follower.close()
+        self._owner.pumps.unwatch(self._monitor, self)
+        self._owner.pumps.unwatch(self._socket, self)
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
