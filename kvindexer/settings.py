@@ -142,8 +142,9 @@ class Settings(BaseSettings):
     )
 
     allowed_endpoints: Annotated[tuple[str, ...], BeforeValidator(_from_text)] = Field(
-        default=("tcp://*",),
-        description="Patterns (* and ?) of which an endpoint must match one to be dialled.",
+        default=("tcp://*", "http://*", "https://*"),
+        description="Patterns (* and ?) of which an endpoint must match one to be dialled; an http address is asked "
+        "for the publishers that the engine lists.",
     )
     bind_endpoints: Annotated[tuple[str, ...], BeforeValidator(_from_text)] = Field(
         default=(),

@@ -17,7 +17,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from kvindexer.errors import KvIndexerError, WireError
+from kvindexer.errors import ConflictError, KvIndexerError, WireError
+from kvindexer.events.listing import Listing, is_listing
 from kvindexer.events.sockets import SubscriberSettings
 from kvindexer.events.sources import Registry
 from kvindexer.events.states import State
@@ -80,6 +81,7 @@ class LiveFleet:
         self._by_instance: dict[str, list[_Source]] = {}
         self._statuses: dict[str, tuple[float, InstanceStatus]] = {}
         self._subscriber: Subscriber | None = None
+        self._listings: dict[str, Listing] = {}
         self._awaited: set[str] = set()
         self._ready = False
         self._started_at = time.monotonic()
@@ -106,9 +108,11 @@ class LiveFleet:
                 self._subscriber.bind(endpoint)
             for spec in settings.sources:
                 self.register(spec)
-            self._awaited = set(self._sources)
+            self._awaited = {*self._sources, *self._listings}
             yield
         finally:
+            for listing in self._listings.values():
+                await listing.close()
             await self._subscriber.close()
             self._subscriber = None
 
@@ -119,13 +123,41 @@ class LiveFleet:
         """Every source known at start is in sync, or has had its time; once true, always true."""
         if not self._ready:
             late = time.monotonic() - self._started_at >= self.settings.sync_deadline_s
-            awaited = [self._sources[source] for source in self._awaited if source in self._sources]
-            in_sync = all(known.stream.synced for known in awaited)
+            in_sync = all(self._in_sync(name) for name in self._awaited)
             self._ready = self._subscriber is not None and (late or in_sync)
         return self._ready
 
+    def _in_sync(self, name: str) -> bool:
+        """Whether a source, or all that an engine lists, is past its first synchronisation, or gone again."""
+        listing = self._listings.get(name)
+        if listing is not None:
+            return bool(listing.sources) and all(self._in_sync(spec.endpoint) for spec in listing.sources)
+        known = self._sources.get(name)
+        return known is None or known.stream.synced
+
     def register(self, spec: SourceSpec) -> bool:
-        """Dial a source; False if just this is registered already.  Raises RequestError or ConflictError."""
+        """Follow a source; False if just this is registered already.  Raises RequestError or ConflictError.
+
+        An HTTP address stands for the publishers that the engine there lists.
+        """
+        if is_listing(spec.endpoint):
+            return self._list(spec)
+        return self._follow(spec)
+
+    def _list(self, spec: SourceSpec) -> bool:
+        known = self._listings.get(spec.endpoint)
+        if known is not None:
+            if known.spec == spec:
+                return False
+            raise ConflictError(f"{spec.endpoint} is registered with other values", "unregister it first")
+        self._registry.check_endpoint(spec.endpoint)
+        self._listings[spec.endpoint] = Listing(spec, self._follow, self._forget)
+        return True
+
+    def _forget(self, spec: SourceSpec) -> None:
+        self._hang_up(spec.instance, model=spec.model, tenant=spec.tenant, rank=spec.rank, source_type=spec.type)
+
+    def _follow(self, spec: SourceSpec) -> bool:
         if self._subscriber is None:
             raise RuntimeError("the service is not running")
         source = self._registry.register(spec)
@@ -152,9 +184,7 @@ class LiveFleet:
         try:
             self._subscriber.add(source, spec, stream)
         except KvIndexerError:
-            self.unregister(
-                spec.instance, model=spec.model, tenant=spec.tenant, rank=spec.rank, source_type=spec.type
-            )
+            self._forget(spec)
             raise
         _log.info("source %s registered: instance %s, model %s", source, spec.instance, spec.model)
         return True
@@ -169,6 +199,30 @@ class LiveFleet:
         source_type: SourceType | None = None,
     ) -> list[SourceSpec]:
         """Hang up on an instance's sources and forget what they hold; returns what was registered."""
+        listings = [
+            listing
+            for listing in self._listings.values()
+            if listing.spec.instance == instance
+            and rank is None
+            and model in (None, listing.spec.model)
+            and tenant in (None, listing.spec.tenant)
+            and source_type in (None, listing.spec.type)
+        ]
+        for listing in listings:
+            listing.cancel()
+            del self._listings[listing.spec.endpoint]
+        gone = self._hang_up(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
+        return [listing.spec for listing in listings] or gone
+
+    def _hang_up(
+        self,
+        instance: str,
+        *,
+        model: str | None,
+        tenant: str | None,
+        rank: int | None,
+        source_type: SourceType | None,
+    ) -> list[SourceSpec]:
         removed = self._registry.unregister(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
         for source, spec in removed:
             if self._subscriber is not None:
@@ -217,7 +271,8 @@ class LiveFleet:
     def reports(self) -> list[SourceReport]:
         """Everything worth knowing of each source."""
         now = time.monotonic()
-        return [self._report(known, now) for known in self._sources.values()]
+        silent = [listing for listing in self._listings.values() if not listing.sources]
+        return [self._report(known, now) for known in self._sources.values()] + [_not_listed(it) for it in silent]
 
     def _report(self, known: _Source, now: float) -> SourceReport:
         stream, stats = known.stream, self.index.stats(known.source)
@@ -308,3 +363,25 @@ class LiveFleet:
         if known is not None:
             known.counters[reason] += 1
         self._counters.skipped({reason: 1})
+
+
+def _not_listed(listing: Listing) -> SourceReport:
+    """The report of an engine that has not listed its publishers yet."""
+    return SourceReport(
+        spec=listing.spec,
+        source=listing.spec.endpoint,
+        state=State.SYNCING.value,
+        why=listing.why,
+        sound=True,
+        complete=False,
+        epoch=0,
+        seq=None,
+        lag_ms=0.0,
+        last_event_s=None,
+        batches=0,
+        gaps=0,
+        replays=0,
+        orphans=0,
+        poison=0,
+        blocks=(0, 0, 0, 0),
+    )

@@ -47,7 +47,7 @@ class Registry:
         source = self._identity(spec)
         for endpoint in (spec.endpoint, spec.replay):
             if endpoint is not None and endpoint not in self._bound:
-                self._check_endpoint(endpoint)
+                self.check_endpoint(endpoint)
         known = self._specs.get(source)
         if known == spec:
             return None
@@ -102,7 +102,8 @@ class Registry:
             )
         return f"{spec.endpoint}#{spec.topic}#{spec.rank}"
 
-    def _check_endpoint(self, endpoint: str) -> None:
+    def check_endpoint(self, endpoint: str) -> None:
+        """Raise RequestError for an endpoint that may not, or can't, be dialled."""
         if not any(fnmatchcase(endpoint, pattern) for pattern in self._allowed):
             raise RequestError(
                 "endpoint_not_allowed",
