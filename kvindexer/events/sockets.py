@@ -11,6 +11,10 @@ _FRAMES: Final = 3
 _SEQ_BYTES: Final = 8
 _RECONNECT_MIN_MS: Final = 100
 _RECONNECT_MAX_MS: Final = 2_000
+_CONNECT_TIMEOUT_MS: Final = 3_000
+"""Else the kernel's retries decide: a minute apart once a partition has lasted for two."""
+_HANDSHAKE_TIMEOUT_MS: Final = 5_000
+"""Of libzmq's own 30 s a partition that swallowed a greeting would cost most, long after it is over."""
 _HEARTBEAT_MS: Final = 2_000
 _HEARTBEAT_TIMEOUT_MS: Final = 6_000
 
@@ -38,6 +42,8 @@ def subscription_socket(context: zmq.Context[zmq.Socket[bytes]], settings: Subsc
         (zmq.MAXMSGSIZE, settings.max_message_bytes),
         (zmq.RECONNECT_IVL, _RECONNECT_MIN_MS),
         (zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS),
+        (zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS),
+        (zmq.HANDSHAKE_IVL, _HANDSHAKE_TIMEOUT_MS),
         (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
         (zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS),
     ):
