@@ -1,0 +1,167 @@
+"""One test per defect that the stream machine once had."""
+
+from __future__ import annotations
+
+from kvindexer.events.states import Action, Apply, Ask, State, Withdraw
+from kvindexer.events.stream import Stream, StreamSettings
+
+SETTINGS = StreamSettings(probe_interval_s=5.0, retry_min_s=0.5)
+
+
+def payload(seq: int, life: int = 1) -> bytes:
+    return b"%d:%d" % (life, seq)
+
+
+def applied(actions: list[Action]) -> list[bytes]:
+    return [action.payload for action in actions if isinstance(action, Apply)]
+
+
+def asked(actions: list[Action]) -> list[int]:
+    return [action.start for action in actions if isinstance(action, Ask)]
+
+
+def withdrawn(actions: list[Action]) -> list[str]:
+    return [action.reason for action in actions if isinstance(action, Withdraw)]
+
+
+def followed(messages: int, now: float = 0.0) -> Stream:
+    """A stream that has heard a life from its first message on, all of it."""
+    stream = Stream(SETTINGS)
+    stream.start(now)
+    stream.connected(now)
+    stream.replay_end(now)
+    for seq in range(messages):
+        assert applied(stream.frame(seq, payload(seq), now)) == [payload(seq)]
+    assert (stream.state, stream.sound, stream.complete) == (State.LIVE, True, True)
+    return stream
+
+
+def failed_probe(stream: Stream, now: float) -> None:
+    """The replay socket does not answer for once."""
+    assert asked(stream.tick(now)) == [stream.last_seq]
+    stream.replay_failed("no answer", now)
+    assert (stream.sound, stream.complete) == (False, False)
+
+
+def test_a_probe_that_fails_once_costs_the_flags_only_until_the_next_one() -> None:
+    """Long-lived engines: their buffer does not reach back to the first message, so a rebuild would be no help."""
+    stream = followed(100)
+    failed_probe(stream, 6.0)
+    assert asked(stream.tick(7.0)) == [99]
+    assert withdrawn(stream.replay_frame(99, payload(99), 7.0) + stream.replay_end(7.0)) == []
+    assert (stream.sound, stream.complete, stream.why) == (True, True, "live")
+
+
+def test_doubt_is_settled_from_where_it_began() -> None:
+    """What came since the failed probe may be of another life: its own newest message proves nothing."""
+    stream = followed(10)
+    stream.disconnected(1.0)
+    stream.connected(2.0)
+    stream.replay_failed("no answer", 3.0)
+    assert applied(stream.frame(10, payload(10, life=2), 3.0)) == [payload(10, life=2)]
+    assert asked(stream.tick(4.0)) == [9]
+    actions = stream.replay_frame(9, payload(9, life=2), 4.0)
+    assert withdrawn(actions) == ["new_life"]
+    assert asked(actions) == [0]
+    for seq in range(11):
+        assert applied(stream.replay_frame(seq, payload(seq, life=2), 4.0)) == [payload(seq, life=2)]
+    stream.replay_end(4.0)
+    assert (stream.sound, stream.complete, stream.epoch) == (True, True, 2)
+
+
+def test_doubt_longer_than_the_remembered_digests_is_no_new_life() -> None:
+    stream = followed(10)
+    failed_probe(stream, 6.0)
+    for seq in range(10, 1_000):
+        stream.frame(seq, payload(seq), 6.0)
+    assert asked(stream.tick(7.0)) == [9]
+    for seq in range(9, 1_000):
+        assert withdrawn(stream.replay_frame(seq, payload(seq), 7.0)) == []
+    stream.replay_end(7.0)
+    assert (stream.sound, stream.complete, stream.epoch, stream.last_seq) == (True, True, 1, 999)
+
+
+def test_doubt_behind_the_buffer_is_settled_by_an_unbroken_connection_only() -> None:
+    for broken in (False, True):
+        stream = followed(10)
+        failed_probe(stream, 6.0)
+        for seq in range(10, 100):
+            stream.frame(seq, payload(seq), 6.0)
+        if broken:
+            stream.disconnected(6.0)
+            stream.connected(6.0)
+        else:
+            stream.tick(7.0)
+        for seq in range(50, 100):
+            assert applied(stream.replay_frame(seq, payload(seq), 7.0)) == []
+        stream.replay_end(7.0)
+        assert (stream.sound, stream.complete, stream.last_seq) == (not broken, not broken, 99)
+
+
+def test_a_replay_that_breaks_off_goes_on_where_it_broke_off() -> None:
+    """A publisher whose socket drops behind its high-water mark sends a part at a time: none is asked for twice."""
+    stream = Stream(SETTINGS)
+    stream.start(0.0)
+    assert asked(stream.connected(0.0)) == [0]
+    stream.frame(40, payload(40), 0.0)
+    for part in range(0, 40, 10):
+        for seq in range(part, part + 10):
+            assert applied(stream.replay_frame(seq, payload(seq), 0.0)) == [payload(seq)]
+        assert asked(stream.replay_failed("no end", 0.0)) == [part + 9]
+        assert not stream.complete
+        stream.replay_frame(part + 9, payload(part + 9), 0.0)
+    assert applied(stream.replay_end(0.0)) == [payload(40)]
+    assert (stream.sound, stream.complete, stream.gaps) == (True, True, 0)
+
+
+def test_a_replay_that_drips_does_not_hold_live_events_back_for_ever() -> None:
+    stream = Stream(SETTINGS)
+    stream.start(0.0)
+    stream.connected(0.0)
+    stream.frame(1_000, payload(1_000), 0.0)
+    for seq in range(1_000):
+        stream.replay_frame(seq, payload(seq), 0.0)
+        if applied(stream.replay_failed("no end", 0.0)):
+            break
+    assert stream.last_seq == 1_000
+    assert (stream.sound, stream.complete) == (False, False)
+
+
+def test_entries_kept_from_an_earlier_life_are_not_sound_once_the_new_one_is_in() -> None:
+    """The end of the new life's replay says nothing of them."""
+    stream = followed(10)
+    assert withdrawn(stream.frame(3, payload(3, life=2), 1.0)) == ["new_life"]
+    stream.uncertain("entries of an earlier life were kept")
+    for seq in range(4):
+        stream.replay_frame(seq, payload(seq, life=2), 2.0)
+    stream.replay_end(2.0)
+    assert (stream.sound, stream.complete) == (False, True)
+    stream.cleared()
+    assert (stream.sound, stream.complete) == (True, True)
+
+
+def test_a_rebuild_does_not_prove_what_its_messages_left_uncertain() -> None:
+    """A reset that may or may not have emptied the CPU tier is as uncertain the second time."""
+    stream = followed(10)
+    stream.frame(12, payload(12), 1.0)
+    for _ in range(2):  # nobody has 10 and 11
+        stream.replay_frame(9, payload(9), 1.0)
+        stream.replay_frame(12, payload(12), 1.0)
+        stream.replay_end(1.0)
+    assert not stream.sound
+    assert asked(stream.tick(9.0)) == [0]
+    assert withdrawn(stream.replay_frame(0, payload(0), 9.0)) == ["rebuild"]
+    stream.uncertain("the cache was reset; whether cpu was emptied too is not on the wire")
+    for seq in range(1, 13):
+        stream.replay_frame(seq, payload(seq), 9.0)
+    stream.replay_end(9.0)
+    assert (stream.sound, stream.complete) == (False, True)
+
+
+def test_a_repeated_frame_that_found_no_room_is_no_new_life() -> None:
+    stream = Stream(StreamSettings(held_max_frames=2))
+    stream.start(0.0)
+    stream.connected(0.0)
+    for seq in (0, 1, 2, 2):
+        assert withdrawn(stream.frame(seq, payload(seq), 0.0)) == []
+    assert stream.epoch == 1
