@@ -189,6 +189,28 @@ def test_members_of_a_domain_have_its_bounds_together() -> None:
     assert index.stats("store").bindings == BLOCKS
 
 
+@pytest.mark.parametrize("what", ["rank", "group", "ownership", "block size"])
+def test_a_source_that_invents_places_is_stopped(what: str) -> None:
+    """Each rank and group would be a bit in every mask."""
+    index = attached(IndexLimits(), "pod-a", "pod-b")
+    index.apply("pod-a", payload([placeholder([1])], 0))
+    lost = 0
+    for number in range(1, 5000):
+        event = placeholder(hashes(0))
+        if what == "ownership":
+            event["ownership"] = str(number)
+        elif what != "rank":
+            event["group_idx" if what == "group" else "block_size"] = number
+        change = index.apply("pod-a", payload([event], number if what == "rank" else 0))
+        lost += change.skipped.get("over_bound", 0)
+    assert 0 < lost <= (5000 - 4096) * BLOCKS
+    assert index.stats("pod-a").truncated
+    assert len(index._spaces[SPACE].slots) <= 4098
+    assert index.apply("pod-a", payload([placeholder([1])], 0)).skipped == {}
+    index.apply("pod-b", payload([chain(0)]))
+    assert depth(index, 0, "pod-b") == BLOCKS
+
+
 LIMITS = {
     "entries of a source": IndexLimits(max_entries_per_source=25),
     "entries in all": IndexLimits(max_entries=40),

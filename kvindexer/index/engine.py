@@ -23,7 +23,7 @@ from typing import Final
 from kvindexer.events.wire import NO_MEDIUM, AllBlocksCleared, BlockRemoved, BlockStored, decode_batch
 from kvindexer.index import snapshot
 from kvindexer.index.seam import Change, HolderMatch, Holding, IndexLimits, SourceStats
-from kvindexer.index.share import Place, Share
+from kvindexer.index.share import Place, PlaceName, Share
 from kvindexer.index.space import Space
 from kvindexer.index.topology import is_store, reads
 from kvindexer.index.walk import match
@@ -34,6 +34,9 @@ from kvindexer.tokenization.extras import event_extras, lora_extras
 from kvindexer.types import TIERS, EngineHash, Keyspace, SourceSpec, Tier
 
 _BELOW_GPU = tuple(tier for tier in TIERS if tier is not Tier.GPU)
+
+_MOST_PLACES: Final = 4096
+"""Places a source: each rank and group is a bit in every mask, so one that invents them would slow all others."""
 
 _SLACK: Final = 256
 """At a bound a 256th more goes than must, so that the oldest need not be searched for at every batch."""
@@ -144,12 +147,18 @@ class PyIndex:
         share, spec = work.share, work.share.spec
         tier = work.tier(event.medium, event.locality)
         chunked = tier is not Tier.GPU and spec.offload_blocks_per_chunk > 1
+        block_size = spec.block_size if chunked or not event.block_size else event.block_size
+        name = PlaceName(work.rank, event.group, tier, event.ownership, block_size)
+        if len(share.places) >= _MOST_PLACES and name not in share.places:
+            share.truncated = True
+            work.skip("over_bound", len(event.hashes))
+            return
         space = share.space
-        if event.block_size and event.block_size != spec.block_size and not chunked:
-            space = self._space(space.keyspace._replace(block_size=event.block_size))
+        if block_size != spec.block_size:
+            space = self._space(space.keyspace._replace(block_size=block_size))
             work.skip("other_block_size", 0)
         rule = group_rule(event.kind, event.window, space.keyspace.block_size)
-        place = share.place(work.rank, event.group, tier, event.ownership, space)
+        place = share.place(name, space)
         share.witness(place, None if event.kind is None else rule)
         if event.keyed:
             _bind_keyed(share, event.hashes, space)
@@ -171,9 +180,7 @@ class PyIndex:
         hashes, parent = event.hashes, event.parent
         locals_ = local_hashes(pack_tokens(event.tokens), event.block_size, _extras(event, share.spec))
         del locals_[len(hashes) :]
-        if (
-            domain.parents is not None
-        ):  # before anything is bound: a chunk that is waiting for it shows what it covers
+        if domain.parents is not None:  # before anything is bound: a chunk that waits for it shows what it covers
             before = [parent, *hashes[:-1]]
             domain.parents |= {h: p for h, p in zip(hashes, before, strict=True) if p is not None}
         parent_key = None if parent is None else bindings.get(parent)
@@ -468,7 +475,7 @@ def _place_in_its_size(share: Share, place: Place, block_hash: int) -> Place:
     space = domain.space_of(block_hash)
     if space is place.space:
         return place
-    target = share.place(*place.name[:4], space)
+    target = share.place_in(space, place)
     share.witness(target, place.slot.rule)
     return target
 

@@ -101,18 +101,22 @@ class Share:
             found = self.slots[name] = space.open_slot(self.source, self.spec, rank, group)
         return found
 
-    def place(self, rank: int, group: int, tier: Tier, ownership: str | None, space: Space) -> Place:
-        """The named place, made at its first use."""
-        name = PlaceName(rank, group, tier, ownership, space.keyspace.block_size)
+    def place(self, name: PlaceName, space: Space) -> Place:
+        """The named place, made at its first use; `space` is the keyspace of its block size."""
         found = self.places.get(name)
         if found is None:
-            spec = self.spec
-            counted = tier is Tier.GPU and spec.type == "vllm" and spec.report_mode == "normal" and not spec.readers
-            span = spec.offload_blocks_per_chunk if tier is not Tier.GPU else 1
-            found = self.places[name] = Place(name, self.slot(rank, group, space), counted=counted, span=span)
+            spec, gpu = self.spec, name.tier is Tier.GPU
+            counted = gpu and spec.type == "vllm" and spec.report_mode == "normal" and not spec.readers
+            span = 1 if gpu else spec.offload_blocks_per_chunk
+            slot = self.slot(name.rank, name.group, space)
+            found = self.places[name] = Place(name, slot, counted=counted, span=span)
             if name.block_size not in self.block_sizes:
                 self.block_sizes.append(name.block_size)
         return found
+
+    def place_in(self, space: Space, place: Place) -> Place:
+        """The same place in another keyspace."""
+        return self.place(place.name._replace(block_size=space.keyspace.block_size), space)
 
     def place_of(self, block_hash: int, rank: int, group: int, tier: Tier, ownership: str | None) -> Place | None:
         """The place with a copy of the hash, whatever its block size; None if there is no copy."""
@@ -143,7 +147,7 @@ class Share:
     def _move(self, block_hash: int, key: int, place: Place, space: Space) -> None:
         """The same place in the keyspace that the hash has turned out to belong to."""
         copies = place.copies.pop(block_hash)
-        target = self.place(*place.name[:4], space)
+        target = self.place_in(space, place)
         self.witness(target, place.slot.rule)
         if block_hash in target.copies:
             target.copies[block_hash] += copies if target.counted else 0

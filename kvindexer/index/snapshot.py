@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from kvindexer.index.share import Share
+from kvindexer.index.share import PlaceName, Share
 from kvindexer.index.space import Space
 from kvindexer.tiering.groups import GroupRule
 from kvindexer.types import Keyspace, Tier
@@ -128,7 +128,8 @@ def restore(share: Share, contents: _Snapshot, space_for: Callable[[Keyspace], S
         domain.bury(block_hash)
     share.truncated = contents.truncated
     for saved in contents.places:
-        place = share.place(saved.rank, saved.group, saved.tier, saved.ownership, space(saved.block_size))
+        name = PlaceName(saved.rank, saved.group, saved.tier, saved.ownership, saved.block_size)
+        place = share.place(name, space(saved.block_size))
         share.witness(place, None if saved.rule is None else GroupRule(*saved.rule))
         place.copies.update(saved.copies)
         for block_hash in saved.copies:
