@@ -169,7 +169,7 @@ def _recovery(one: Recovery) -> str:
     ]
     intro = (
         f"{one.title}, {one.instance}: {one.held_before} blocks were held. Its publisher could be reached again "
-        f"{one.reachable_at - one.killed_at:.1f} s after the kill, and **{one.seconds:.2f} s later** it was live, "
+        f"{one.reachable_at - one.killed_at:.1f} s after the kill, and **{one.seconds:.2f}** s later it was live, "
         f"sound and complete in a new epoch (promised: {RECOVER_S:g} s). Clients got {one.answered} answers and "
         f"{one.failed} failures meanwhile. What `/v1/sources` said, in seconds since the kill:"
     )
