@@ -44,7 +44,7 @@ class Process:
                 start_new_session=True,
             )
         self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", 'cat; kill -9 -- "-$0"', str(self._process.pid)],
+            ["/bin/sh", "-c", 'cat; kill -s KILL -- "-$0"', str(self._process.pid)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
