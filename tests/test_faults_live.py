@@ -7,16 +7,11 @@ flags up where the replay buffer reaches, and with flags that say so where it do
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import zmq
 
+from children import Child
 from kvindexer.events.fleet import LiveFleet
 from kvindexer.events.sockets import SubscriberSettings, subscription_socket
 from kvindexer.testing import FakeEngine, LinkFaults
@@ -24,7 +19,6 @@ from kvindexer.types import SourceSpec
 from live import agrees, connected, held, spec_of, truth, until, with_fleet
 from proxied import SMALL, ProxiedEngine, flags, held_at, report, traffic
 
-HERE = Path(__file__).parent
 WHOLE = LinkFaults()
 
 
@@ -307,19 +301,12 @@ def test_one_source_behind_a_broken_network_harms_no_other() -> None:
         with_fleet(scenario)
 
 
-class EngineProcess:
+class EngineProcess(Child):
     """A fake engine in a process of its own, to be killed without warning."""
 
     def __init__(self, ports: tuple[str, str], life: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "engine_process", *ports, str(life)],
-            cwd=HERE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.endpoint, self.replay_endpoint = self._answer()
+        super().__init__("engine_process", *ports, str(life))
+        self.endpoint, self.replay_endpoint = self.said
 
     @property
     def ports(self) -> tuple[str, str]:
@@ -328,28 +315,11 @@ class EngineProcess:
 
     def under_load(self) -> None:
         """Requests without end, from now on."""
-        self._ask("load")
+        self.ask("load")
 
     def truth(self) -> dict[tuple[int, int], int]:
         """End the load; what its cache holds."""
-        return {(group, block_hash): copies for group, block_hash, copies in self._ask("held")}
-
-    def kill(self) -> None:
-        """SIGKILL: nothing says goodbye but the kernel."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _ask(self, command: str) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(command + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the engine process has died"
-        return json.loads(line)
+        return {(group, block_hash): copies for group, block_hash, copies in self.ask("held")}
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 1.0], ids=["back-at-once", "back-after-a-second"])
