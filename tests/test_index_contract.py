@@ -78,6 +78,18 @@ def test_a_batch_says_what_it_did(index: Index) -> None:
     assert index.copies("s") == {(0, 0, Tier.GPU, None, each): 1 for each in HASHES[:2]}
 
 
+def test_a_batch_names_the_orphans_that_it_binds(index: Index) -> None:
+    """Whoever copies the index learns that their records have a key now."""
+    index.attach("s", POD)
+    index.apply("s", payload([placeholder(HASHES[5:7])]))
+    change = index.apply("s", payload([whole(0, 8)]))
+    assert set(change.touched) >= set(HASHES[:8])
+    later = index.apply("s", payload([placeholder([1234])]))
+    assert list(later.touched) == [1234]
+    orphaned = index.apply("s", payload([whole(0, 2), removed(HASHES[:1])]))
+    assert set(orphaned.touched) == set(HASHES[:2])
+
+
 def test_bytes_that_are_no_batch_are_an_error_and_change_nothing(index: Index) -> None:
     index.attach("s", POD)
     index.apply("s", payload([whole()]))

@@ -41,6 +41,8 @@ class Domain:
         self.waiting_links = 0
         self.unbound: OrderedDict[int, None] = OrderedDict()
         self.dead: OrderedDict[int, None] = OrderedDict()
+        self.resolved: list[int] = []
+        """Orphans that were bound since the engine looked last."""
         self.conflicts = 0
         """Stores that named another block for a bound hash (and were overruled)."""
 
@@ -61,6 +63,7 @@ class Domain:
                 self.elsewhere[found] = its_space
             if found in self.unbound:
                 del self.unbound[found]
+                self.resolved.append(found)
                 for member in self.members:
                     member.bound(found, its_key, its_space)
             elif found != block_hash:  # its last copy went while it waited for its parent

@@ -31,7 +31,8 @@ class Change(NamedTuple):
     uncertain: tuple[Tier, ...] = ()
     """Tiers of which that event leaves open whether the engine emptied them (kept, no longer sound)."""
     touched: array[int] = array("Q")
-    """Engine hashes whose records may differ from before, unsigned 64 bits, in order, with repetitions."""
+    """Engine hashes whose records may differ from before, unsigned 64 bits, with repetitions: those of the events, of
+    entries dropped at a bound, and of orphans that got their key (also of sources that share the hashes)."""
     skipped: Mapping[str, int] = {}
     """Events or blocks that had no effect, by reason."""
 
