@@ -163,6 +163,8 @@ class StreamMachine(RuleBasedStateMachine):
         seen = [tuple(map(int, payload.split(b":"))) for payload in self.view]
         assert seen == sorted(set(seen))
         assert not self.stream.sound or len({life for life, _ in seen}) <= 1
+        if self.stream.sound and seen:
+            assert seen[-1][0] == self.engine.life, "a dead life's blocks are never called sound"
         assert self.stream.epoch <= self.engine.life + 1, "no life is made up"
 
     def teardown(self) -> None:

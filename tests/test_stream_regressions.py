@@ -165,3 +165,17 @@ def test_a_repeated_frame_that_found_no_room_is_no_new_life() -> None:
     for seq in (0, 1, 2, 2):
         assert withdrawn(stream.frame(seq, payload(seq), 0.0)) == []
     assert stream.epoch == 1
+
+
+def test_a_reconnected_source_is_not_sound_before_its_life_is_proven() -> None:
+    """Stale for long, then connected again: it may be a restarted engine, with none of the blocks that are claimed."""
+    stream = followed(10)
+    stream.disconnected(1.0)
+    assert (stream.state, stream.sound, stream.complete) == (State.LIVE, False, False)
+    stream.tick(20.0)
+    assert (stream.state, stream.sound) == (State.STALE, False)
+    assert asked(stream.connected(40.0)) == [9]
+    assert (stream.sound, stream.complete) == (False, False)
+    stream.replay_frame(9, payload(9), 40.1)
+    stream.replay_end(40.1)
+    assert (stream.state, stream.sound, stream.complete, stream.epoch) == (State.LIVE, True, True, 1)

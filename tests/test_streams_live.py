@@ -325,3 +325,22 @@ def test_ready_waits_for_the_sources_known_at_start() -> None:
         await until("ready", lambda: fleet.ready)
 
     with_fleet(unreachable, sources=(spec_of(engine),), sync_deadline_s=0.5)
+
+
+def test_an_engine_that_is_cut_off_is_not_called_sound() -> None:
+    """P2: a killed engine's blocks may be gone; nobody who asks for `sound` is sent there, from the cut on."""
+    with FakeEngine(pool=SMALL) as engine:
+
+        async def scenario(fleet: LiveFleet) -> None:
+            fleet.register(spec_of(engine))
+            await connected(engine)
+            traffic(engine, 5)
+            await agrees(fleet, engine)
+            await flags(fleet, sound=True, complete=True)
+            assert fleet.status("pod-a")[:3] == ("live", True, True)
+            engine.stop()
+            await flags(fleet, sound=False, complete=False)
+            assert report(fleet).why == "disconnected"
+            assert fleet.status("pod-a")[:3] == ("live", False, False)
+
+        with_fleet(scenario)

@@ -33,7 +33,6 @@ from kvindexer.types import TIERS, SourceSpec, SourceType, Tier
 
 _log = logging.getLogger(__name__)
 _TRUST = {State.GONE: 0, State.STALE: 1, State.SYNCING: 2, State.LIVE: 3}
-_STATUS_AGE_S = 0.25
 _JITTER = 0.2
 """How far probes and retries of different sources are spread, so that a fleet does not ask in one voice."""
 _LOST_EVENTS = ("bad_event", "over_bound")
@@ -79,7 +78,8 @@ class LiveFleet:
         self._registry = Registry(settings.allowed_endpoints, settings.max_sources, settings.bind_endpoints)
         self._sources: dict[str, _Source] = {}
         self._by_instance: dict[str, list[_Source]] = {}
-        self._statuses: dict[str, tuple[float, InstanceStatus]] = {}
+        self._statuses: dict[str, InstanceStatus] = {}
+        """Answers to `status`, until something changes; every tick does, which keeps `verified_ms` fresh."""
         self._subscriber: Subscriber | None = None
         self._listings: dict[str, Listing] = {}
         self._awaited: set[str] = set()
@@ -238,13 +238,12 @@ class LiveFleet:
 
     def status(self, instance: str) -> InstanceStatus:
         """Worst of what is known of the instance's sources."""
-        now = time.monotonic()
         cached = self._statuses.get(instance)
-        if cached is not None and now - cached[0] < _STATUS_AGE_S:
-            return cached[1]
-        status = self._status(self._by_instance.get(instance, ()), now)
+        if cached is not None and self._subscriber is not None and not self._subscriber.busy:
+            return cached
+        status = self._status(self._by_instance.get(instance, ()), time.monotonic())
         if status.lag_ms == 0.0:
-            self._statuses[instance] = (now, status)
+            self._statuses[instance] = status
         return status
 
     def _status(self, sources: list[_Source] | tuple[()], now: float) -> InstanceStatus:
@@ -310,7 +309,6 @@ class LiveFleet:
         known = self._sources.get(source)
         if known is None:
             return
-        self._statuses.pop(known.spec.instance, None)
         known.batches += 1
         try:
             change = self.index.apply(source, payload)
@@ -353,9 +351,14 @@ class LiveFleet:
         entries = self.index.withdraw(source, [tier for tier in TIERS if tier not in durable])
         if any(self.index.stats(source).blocks):
             known.stream.uncertain("entries of an earlier life were kept")
-        self._statuses.pop(known.spec.instance, None)
         self._counters.withdrawn(reason, entries)
         _log.warning("source %s: %d entries withdrawn (%s)", source, entries, reason)
+
+    def changed(self, source: str) -> None:
+        """Forget what was answered about the source's instance."""
+        known = self._sources.get(source)
+        if known is not None:
+            self._statuses.pop(known.spec.instance, None)
 
     def dropped(self, source: str, reason: str) -> None:
         """Count a frame that had no effect."""

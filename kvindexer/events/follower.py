@@ -30,6 +30,9 @@ class Sink(Protocol):
     def dropped(self, source: str, reason: str) -> None:
         """A frame had no effect."""
 
+    def changed(self, source: str) -> None:
+        """The machine has heard something: its state, flags and lag may be others now."""
+
 
 class Follower:
     """Carries out what a source's machine says, and tells it what its replays bring."""
@@ -61,6 +64,7 @@ class Follower:
                     self.sink.withdraw(self.source, reason, everything=everything)
                 case Ask(start):
                     self._ask(start)
+        self.sink.changed(self.source)
 
     def _ask(self, start: int) -> None:
         self._stop_replay()

@@ -54,6 +54,11 @@ class Pumps:
         self._loop.remove_reader(socket.FD)
         self._ready.pop(pump, None)
 
+    @property
+    def busy(self) -> bool:
+        """Whether any received message waits for its turn."""
+        return bool(self._ready)
+
     def waiting_since(self, pump: Pump) -> float | None:
         """Since when the pump's messages wait for their turn; None: they don't."""
         return self._ready.get(pump)

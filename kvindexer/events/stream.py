@@ -119,12 +119,18 @@ class Stream:
     @property
     def sound(self) -> bool:
         """Nothing is claimed that may be gone."""
-        return self._sound and not (self._damaged or self._uncertain or self._doubted or self._gap_open)
+        return self._sound and not (self._uncertain or self._in_question)
 
     @property
     def complete(self) -> bool:
         """Nothing that is held may be missing."""
-        return self._complete and not (self._damaged or self._doubted or self._gap_open)
+        return self._complete and not self._in_question
+
+    @property
+    def _in_question(self) -> bool:
+        """Something is lost, or may be until a replay has proven the opposite."""
+        cut_off = self._disconnected_since_last and (self._settings.replayable or not self._connected)
+        return self._damaged or self._doubted is not None or cut_off or self._gap_open
 
     @property
     def _gap_open(self) -> bool:
@@ -298,6 +304,7 @@ class Stream:
         del now  # the time of the last sign of life stays what it was
         self._connected = False
         self._disconnected_since_last = True
+        self.why = "disconnected"
         if not self._settings.replayable:
             return []
         # what is held may be of a life that is over; if it is not, the next replay has it
@@ -475,6 +482,7 @@ class Stream:
         self._parts = 0
         self._sound, self._complete = True, False
         self._holes = self._damaged = self._uncertain = False
+        self._disconnected_since_last = not self._connected
 
     def _new_life(self, why: str) -> list[Action]:
         self._forget()

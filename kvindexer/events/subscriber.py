@@ -72,6 +72,11 @@ class Subscriber:
         if known is not None:
             known.close()
 
+    @property
+    def busy(self) -> bool:
+        """Whether any source's received messages wait for their turn."""
+        return self.pumps.busy
+
     def backlog_s(self, source: str, now: float) -> float:
         """How long this source's received messages have been waiting for their turn."""
         known = self._sources.get(source)
