@@ -168,7 +168,7 @@ def test_a_repeated_frame_that_found_no_room_is_no_new_life() -> None:
 
 
 def test_a_reconnected_source_is_not_sound_before_its_life_is_proven() -> None:
-    """Stale for long, then connected again: it may be a restarted engine, with none of the blocks that are claimed."""
+    """Stale for long, then connected again: it may be a restarted engine that has none of its blocks any more."""
     stream = followed(10)
     stream.disconnected(1.0)
     assert (stream.state, stream.sound, stream.complete) == (State.LIVE, False, False)
