@@ -223,7 +223,8 @@ def test_a_setting_that_cannot_be_used_takes_one_line() -> None:
     assert (code, out) == (2, "")
     assert err.startswith("kvindexer: setting port: 'abc' is not usable, expected a valid integer")
     assert err.count("\n") == 1
-    assert run("serve", KVINDEXER_MAX_CONCURRENT_REPLAYS="x")[2].startswith("kvindexer: setting max_concurrent_replays: 'x' is not")
+    said = run("serve", KVINDEXER_MAX_CONCURRENT_REPLAYS="x")[2]
+    assert said.startswith("kvindexer: setting max_concurrent_replays: 'x' is not")
 
 
 def test_flags_become_settings() -> None:
