@@ -9,35 +9,31 @@ or on its replay socket.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import zmq
 
 from kvindexer.errors import RequestError, WireError
 from kvindexer.events.follower import Follower
-from kvindexer.events.sockets import is_readable, seq_and_payload, subscription_socket
+from kvindexer.events.sockets import Wiring, is_readable, seq_and_payload, subscription_socket
 from kvindexer.events.wire import batch_rank
-
-if TYPE_CHECKING:
-    from kvindexer.events.subscriber import Subscriber
 
 
 class BoundEndpoint:
     """One bound socket and the sources that dial in to it, by topic and rank."""
 
-    def __init__(self, owner: Subscriber, endpoint: str) -> None:
-        self._owner = owner
+    def __init__(self, wiring: Wiring, endpoint: str) -> None:
+        self._wiring = wiring
         self._endpoint = endpoint
         self._followers: dict[tuple[bytes, int], Follower] = {}
         self._closed = False
-        self._socket = subscription_socket(owner.context, owner.settings)
+        self._socket = subscription_socket(wiring.context, wiring.settings)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self._socket.close()
             raise RequestError("bad_endpoint", f"can't bind {endpoint!r}: {error}", "check bind_endpoints") from None
-        owner.pumps.watch(self._socket, self)
+        wiring.pumps.watch(self._socket, self)
 
     def add(self, topic: str, rank: int, follower: Follower) -> BoundSource:
         """Expect a publisher of this topic and rank."""
@@ -60,7 +56,7 @@ class BoundEndpoint:
         return True
 
     def _take(self, frames: list[bytes]) -> None:
-        sink = self._owner.sink
+        sink = self._wiring.sink
         frame = seq_and_payload(frames)
         if frame is None:
             sink.dropped(self._endpoint, "bad_frames")
@@ -79,7 +75,7 @@ class BoundEndpoint:
     def close(self) -> None:
         """Listen no more."""
         self._closed = True
-        self._owner.pumps.unwatch(self._socket, self)
+        self._wiring.pumps.unwatch(self._socket, self)
         self._socket.close()
 
 
@@ -91,9 +87,10 @@ class BoundSource:
         self._bound = bound
         self._name = name
 
-    def pump(self, limit: int) -> bool:
-        """See `Pump.pump`: its frames come through the endpoint."""
-        return self._bound.pump(limit)
+    @property
+    def receiver(self) -> BoundEndpoint:
+        """What its frames come through."""
+        return self._bound
 
     def tick(self, now: float) -> None:
         """Time has passed."""

@@ -7,17 +7,14 @@ a disconnect is never taken for one that came before.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvindexer.errors import RequestError
 from kvindexer.events.follower import Follower
-from kvindexer.events.sockets import is_readable, seq_and_payload, subscription_socket
-
-if TYPE_CHECKING:
-    from kvindexer.events.subscriber import Subscriber
+from kvindexer.events.sockets import Wiring, is_readable, seq_and_payload, subscription_socket
 
 REDIAL_AFTER_S: Final = 1.0
 _MONITORED: Final = (
@@ -28,12 +25,12 @@ _MONITORED: Final = (
 class DialledSource:
     """One publisher, dialled."""
 
-    def __init__(self, owner: Subscriber, endpoint: str, topic: str, follower: Follower) -> None:
+    def __init__(self, wiring: Wiring, endpoint: str, topic: str, follower: Follower) -> None:
         self.follower = follower
-        self._owner = owner
+        self._wiring = wiring
         self._endpoint = endpoint
         self._down_at: float | None = None
-        self._socket = subscription_socket(owner.context, owner.settings)
+        self._socket = subscription_socket(wiring.context, wiring.settings)
         self._monitor = self._socket.get_monitor_socket(_MONITORED)
         self._socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
         try:
@@ -43,9 +40,14 @@ class DialledSource:
             raise RequestError(
                 "bad_endpoint", f"can't dial {endpoint!r}: {error}", "check address and port"
             ) from None
-        owner.pumps.watch(self._monitor, self)
-        owner.pumps.watch(self._socket, self)
+        wiring.pumps.watch(self._monitor, self)
+        wiring.pumps.watch(self._socket, self)
         follower.act(follower.stream.start(time.monotonic()))
+
+    @property
+    def receiver(self) -> DialledSource:
+        """What its frames come through."""
+        return self
 
     def pump(self, limit: int) -> bool:
         """See `Pump.pump`."""
@@ -58,7 +60,7 @@ class DialledSource:
                 return False
             frame = seq_and_payload(self._socket.recv_multipart(flags=zmq.NOBLOCK))
             if frame is None:
-                self._owner.sink.dropped(self.follower.source, "bad_frames")
+                self._wiring.sink.dropped(self.follower.source, "bad_frames")
             else:
                 self.follower.frame(*frame)
         return True
@@ -82,7 +84,7 @@ class DialledSource:
         if self._down_at is not None and now - self._down_at >= REDIAL_AFTER_S:
             # after a message above the size limit libzmq gives the connection up for good
             self._down_at = now
-            self._owner.sink.dropped(self.follower.source, "connection_given_up")
+            self._wiring.sink.dropped(self.follower.source, "connection_given_up")
             self._socket.disconnect(self._endpoint)
             self._socket.connect(self._endpoint)
         self.follower.act(self.follower.stream.tick(now))
@@ -90,8 +92,8 @@ class DialledSource:
     def close(self) -> None:
         """Hang up."""
         self.follower.close()
-        self._owner.pumps.unwatch(self._monitor, self)
-        self._owner.pumps.unwatch(self._socket, self)
+        self._wiring.pumps.unwatch(self._monitor, self)
+        self._wiring.pumps.unwatch(self._socket, self)
         self._close_sockets()
 
     def _close_sockets(self) -> None:

@@ -7,6 +7,9 @@ from typing import Final
 
 import zmq
 
+from kvindexer.events.follower import Sink
+from kvindexer.events.pump import Pumps
+
 _FRAMES: Final = 3
 _SEQ_BYTES: Final = 8
 _RECONNECT_MIN_MS: Final = 100
@@ -30,6 +33,16 @@ class SubscriberSettings:
     max_concurrent_replays: int = 8
     max_sources: int = 4096
     slice_s: float = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What every socket of the process is connected to."""
+
+    context: zmq.Context[zmq.Socket[bytes]]
+    settings: SubscriberSettings
+    pumps: Pumps
+    sink: Sink
 
 
 def subscription_socket(context: zmq.Context[zmq.Socket[bytes]], settings: SubscriberSettings) -> zmq.Socket[bytes]:

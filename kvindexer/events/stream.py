@@ -15,7 +15,8 @@ lives the same life, since payloads carry a time stamp and so never repeat.
     first reply                                      meaning                       what follows
     last seq, same digest                            same life                     apply what comes behind it
     last seq, other digest; end marker only          new life                      Withdraw, Ask(0)
-    above last seq, connected all the while          same life, a hole for good    go on, not sound, not complete
+    above last seq, connected all the while          same life, overtaken          wait for the live frames between
+    the same again, and none of them came            same life, a hole for good    go on, not sound, not complete
     above last seq, after a disconnect               unproven                      go on, not sound, not complete
     none in time                                     unknown                       go on, flags off, ask again later
 
@@ -113,6 +114,8 @@ class Stream:
         self._parts = 0
         self._ask_at: float | None = None
         self._asked_hole: tuple[int, int] | None = None
+        self._overtaken: int | None = None
+        """What was expected when a replay began behind it: once may be haste, twice without progress is a loss."""
 
     # What an answer says of the source
 
@@ -245,7 +248,10 @@ class Stream:
             return self._new_life("the replay knows nothing of its last message") + self._ask(Purpose.SYNC, 0)
         if replay.abandoned:
             actions = self._drain(now)
-            return actions + self._check() if self._doubted and self._replay is None else actions
+            if self._replay is None:
+                self._ask_at = self._ask_at or now + self._settings.probe_interval_s
+                self._move(Signal.SYNCED, self._why_live())
+            return actions
         self.verified_at = now
         self._doubted = None
         up_to_date = self._connected and replay.connection == self._connections
@@ -419,6 +425,11 @@ class Stream:
                     bridged = self._bridge(seq)
                     if self._expected >= seq:
                         return list(bridged)
+                    if self._held or self._overtaken != self._expected:
+                        # the live frames between may be on their way still, or say where the hole ends
+                        self._overtaken = self._expected
+                        replay.abandoned = True
+                        return []
                 away = ", after a disconnect" if self._disconnected_since_last else ""
                 self._flags_off(f"the replay buffer begins behind the last message{away}")
                 self._holes = False
@@ -478,7 +489,7 @@ class Stream:
         self.last_seq = self._live_seq = None
         self._digests.clear()
         self._held.clear()
-        self._replay = self._ask_at = self._doubted = None
+        self._replay = self._ask_at = self._doubted = self._overtaken = None
         self._parts = 0
         self._sound, self._complete = True, False
         self._holes = self._damaged = self._uncertain = False

@@ -19,7 +19,7 @@ from kvindexer.events.dialled import DialledSource
 from kvindexer.events.follower import Follower, Sink
 from kvindexer.events.pump import Pumps
 from kvindexer.events.replay import Replays
-from kvindexer.events.sockets import SubscriberSettings
+from kvindexer.events.sockets import SubscriberSettings, Wiring
 from kvindexer.events.stream import Stream
 from kvindexer.types import SourceSpec
 
@@ -34,15 +34,13 @@ class Subscriber:
     """All subscriptions of the process, on the running event loop."""
 
     def __init__(self, settings: SubscriberSettings, sink: Sink) -> None:
-        self.settings = settings
-        self.sink = sink
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         sockets = _SOCKETS_A_SOURCE * settings.max_sources + settings.max_concurrent_replays + _SPARE_SOCKETS
-        self.context.set(zmq.MAX_SOCKETS, sockets)
-        self.pumps = Pumps(asyncio.get_running_loop(), settings.slice_s)
-        self.replays = Replays(
-            self.context,
-            self.pumps,
+        context.set(zmq.MAX_SOCKETS, sockets)
+        self._wiring = Wiring(context, settings, Pumps(asyncio.get_running_loop(), settings.slice_s), sink)
+        self._replays = Replays(
+            context,
+            self._wiring.pumps,
             max_concurrent=settings.max_concurrent_replays,
             max_bytes=settings.replay_max_bytes,
             max_message_bytes=settings.max_message_bytes,
@@ -54,14 +52,14 @@ class Subscriber:
 
     def bind(self, endpoint: str) -> None:
         """Listen for publishers that dial in.  Raises RequestError if the endpoint can't be bound."""
-        self._bound[endpoint] = BoundEndpoint(self, endpoint)
+        self._bound[endpoint] = BoundEndpoint(self._wiring, endpoint)
 
     def add(self, source: str, spec: SourceSpec, stream: Stream) -> None:
         """Follow a source.  Raises RequestError if its endpoint can't be dialled at all."""
-        follower = Follower(source, spec.replay, stream, self.sink, self.replays)
+        follower = Follower(source, spec.replay, stream, self._wiring.sink, self._replays)
         bound = self._bound.get(spec.endpoint)
         self._sources[source] = (
-            DialledSource(self, spec.endpoint, spec.topic, follower)
+            DialledSource(self._wiring, spec.endpoint, spec.topic, follower)
             if bound is None
             else bound.add(spec.topic, spec.rank, follower)
         )
@@ -75,19 +73,19 @@ class Subscriber:
     @property
     def busy(self) -> bool:
         """Whether any source's received messages wait for their turn."""
-        return self.pumps.busy
+        return self._wiring.pumps.busy
 
     def backlog_s(self, source: str, now: float) -> float:
         """How long this source's received messages have been waiting for their turn."""
         known = self._sources.get(source)
-        since = None if known is None else self.pumps.waiting_since(known)
+        since = None if known is None else self._wiring.pumps.waiting_since(known.receiver)
         return 0.0 if since is None else now - since
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
-            self.replays.tick(now)
+            self._replays.tick(now)
             for source, known in list(self._sources.items()):
                 try:
                     known.tick(now)
@@ -102,5 +100,5 @@ class Subscriber:
             self.remove(source)
         for bound in self._bound.values():
             bound.close()
-        self.replays.close()
-        self.context.term()
+        self._replays.close()
+        self._wiring.context.term()
