@@ -179,3 +179,43 @@ def test_a_reconnected_source_is_not_sound_before_its_life_is_proven() -> None:
     stream.replay_frame(9, payload(9), 40.1)
     stream.replay_end(40.1)
     assert (stream.state, stream.sound, stream.complete, stream.epoch) == (State.LIVE, True, True, 1)
+
+
+def test_a_replay_that_overtakes_the_live_frames_is_no_loss() -> None:
+    """A subscriber that is behind asks, and the buffer has moved on: what lies between is in its own socket still."""
+    stream = followed(10)
+    assert asked(stream.tick(6.0)) == [9]
+    for seq in range(50, 60):
+        assert applied(stream.replay_frame(seq, payload(seq), 6.0)) == []
+    assert applied(stream.frame(10, payload(10), 6.0)) == []
+    assert applied(stream.replay_end(6.0)) == [payload(10)]
+    for seq in range(11, 60):
+        assert applied(stream.frame(seq, payload(seq), 7.0)) == [payload(seq)]
+    assert (stream.sound, stream.complete, stream.gaps) == (True, True, 0)
+
+
+def test_a_tail_lost_beyond_the_buffer_is_told_from_haste_by_the_second_probe() -> None:
+    stream = followed(10)
+    assert asked(stream.tick(6.0)) == [9]
+    stream.replay_frame(50, payload(50), 6.0)
+    stream.replay_end(6.0)
+    assert asked(stream.tick(8.0)) == []
+    assert asked(stream.tick(12.0)) == [9]
+    assert applied(stream.replay_frame(50, payload(50), 12.0)) == [payload(50)]
+    stream.replay_end(12.0)
+    assert (stream.state, stream.sound, stream.complete, stream.gaps) == (State.LIVE, False, False, 1)
+
+
+def test_behind_a_hole_that_nobody_can_fill_no_live_frame_is_lost_as_well() -> None:
+    """10 and 11 are gone for good; the buffer begins at 50, with 12 to 49 here or on their way."""
+    stream = followed(10)
+    seen: list[bytes] = []
+    for seq in range(12, 20):
+        seen += applied(stream.frame(seq, payload(seq), 1.0))
+    for _ in range(2):
+        stream.replay_frame(50, payload(50), 1.0)
+        seen += applied(stream.replay_end(1.0))
+    for seq in range(20, 51):
+        seen += applied(stream.frame(seq, payload(seq), 1.0))
+    assert seen == [payload(seq) for seq in range(12, 51)]
+    assert (stream.sound, stream.complete, stream.gaps > 0) == (False, False, True)

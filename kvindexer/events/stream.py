@@ -421,24 +421,29 @@ class Stream:
                 replay.abandoned = True
                 self._holes = False  # for good: nobody has what is missing
             case Purpose.CHECK if seq != replay.start:
-                if not self._disconnected_since_last:
-                    bridged = self._bridge(seq)
-                    if self._expected >= seq:
-                        return list(bridged)
-                    if self._held or self._overtaken != self._expected:
-                        # the live frames between may be on their way still, or say where the hole ends
-                        self._overtaken = self._expected
-                        replay.abandoned = True
-                        return []
-                away = ", after a disconnect" if self._disconnected_since_last else ""
-                self._flags_off(f"the replay buffer begins behind the last message{away}")
-                self._holes = False
-                self.gaps += 1
-                self.last_seq = max(seq - 1, self._expected - 1)
+                return self._begins_behind(replay, seq)
             case Purpose.CHECK if digest != replay.digest:
                 return self._new_life("its last message is another one now") + self._ask(Purpose.SYNC, 0)
             case Purpose.CHECK:
                 pass
+        return []
+
+    def _begins_behind(self, replay: _Replay, seq: int) -> list[Action]:
+        """The replay buffer no longer has the message that was asked for."""
+        if not self._disconnected_since_last:
+            bridged = self._bridge(seq)
+            if self._expected >= seq:
+                return list(bridged)
+            if self._held or self._overtaken != self._expected:
+                # the live frames between may be on their way still, or say where the hole ends
+                self._overtaken = self._expected
+                replay.abandoned = True
+                return []
+        away = ", after a disconnect" if self._disconnected_since_last else ""
+        self._flags_off(f"the replay buffer begins behind the last message{away}")
+        self._holes = False
+        self.gaps += 1
+        self.last_seq = max(seq - 1, self._expected - 1)
         return []
 
     def _bridge(self, seq: int) -> list[Apply]:
