@@ -156,7 +156,7 @@ class Settings(BaseSettings):
         description="Largest message of a publisher in bytes; a larger one is dropped and counted.",
     )
     receive_hwm: Count = Field(
-        default=1_000,
+        default=32,
         description="Most messages that wait in a source's socket; past it they wait at the publisher, which drops "
         "what is beyond its own limit (seen as a gap).",
     )

@@ -26,7 +26,7 @@ _HEARTBEAT_TIMEOUT_MS: Final = 6_000
 class SubscriberSettings:
     """Limits and times of the sockets; see `Settings` for what each is for."""
 
-    receive_hwm: int = 1_000
+    receive_hwm: int = 32
     max_message_bytes: int = 64 * 2**20
     replay_max_bytes: int = 512 * 2**20
     replay_timeout_s: float = 5.0
