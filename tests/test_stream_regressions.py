@@ -219,3 +219,16 @@ def test_behind_a_hole_that_nobody_can_fill_no_live_frame_is_lost_as_well() -> N
         seen += applied(stream.frame(seq, payload(seq), 1.0))
     assert seen == [payload(seq) for seq in range(12, 51)]
     assert (stream.sound, stream.complete, stream.gaps > 0) == (False, False, True)
+
+
+def test_a_clear_inside_a_late_joiner_s_replay_makes_it_complete() -> None:
+    """What was before the clear does not matter, wherever the news of it comes from."""
+    stream = Stream(SETTINGS)
+    stream.start(0.0)
+    stream.connected(0.0)
+    stream.replay_frame(5, payload(5), 0.0)
+    stream.replay_frame(6, payload(6), 0.0)
+    stream.cleared()
+    stream.replay_frame(7, payload(7), 0.0)
+    stream.replay_end(0.0)
+    assert (stream.state, stream.sound, stream.complete) == (State.LIVE, True, True)

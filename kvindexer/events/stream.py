@@ -54,7 +54,7 @@ class _Replay:
     answered: bool = False
     abandoned: bool = False
     from_zero: bool = False
-    """Its first reply was the first message of the life."""
+    """It has brought the first message of the life, or one that says that the cache is empty."""
     applied: int = 0
 
 
@@ -356,6 +356,8 @@ class Stream:
         self._sound = self._complete = True
         self._holes = self._damaged = self._uncertain = False
         self._doubted = None
+        if self._replay is not None:
+            self._replay.from_zero = True
         self.why = self._why_live()
 
     # Steps
