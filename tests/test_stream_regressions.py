@@ -136,7 +136,7 @@ def test_entries_kept_from_an_earlier_life_are_not_sound_once_the_new_one_is_in(
         stream.replay_frame(seq, payload(seq, life=2), 2.0)
     stream.replay_end(2.0)
     assert (stream.sound, stream.complete) == (False, True)
-    stream.cleared()
+    stream.cleared(3)
     assert (stream.sound, stream.complete) == (True, True)
 
 
@@ -228,7 +228,33 @@ def test_a_clear_inside_a_late_joiner_s_replay_makes_it_complete() -> None:
     stream.connected(0.0)
     stream.replay_frame(5, payload(5), 0.0)
     stream.replay_frame(6, payload(6), 0.0)
-    stream.cleared()
+    stream.cleared(6)
     stream.replay_frame(7, payload(7), 0.0)
     stream.replay_end(0.0)
     assert (stream.state, stream.sound, stream.complete) == (State.LIVE, True, True)
+
+
+def test_a_clear_does_not_make_up_for_what_is_lost_behind_it() -> None:
+    """Both are found in one go: the shell tells of the clear when the machine is past the loss already."""
+    stream = followed(10)
+    assert asked(stream.tick(6.0)) == [9]
+    for seq in (10, 11, 13):
+        stream.frame(seq, payload(seq), 6.0)
+    assert applied(stream.replay_failed("no answer", 6.0)) == [payload(seq) for seq in (10, 11, 13)]
+    stream.cleared(10)
+    assert (stream.sound, stream.complete) == (False, False)
+    stream.frame(14, payload(14), 6.0)
+    stream.cleared(14)
+    assert (stream.sound, stream.complete) == (True, True)
+
+
+def test_a_clear_of_the_life_before_says_nothing_of_the_new_one() -> None:
+    stream = followed(10)
+    stream.disconnected(1.0)
+    stream.connected(1.0)
+    stream.frame(10, payload(10, life=2), 1.0)
+    actions = stream.replay_frame(9, payload(9), 1.0) + stream.replay_frame(10, payload(10), 1.0)
+    actions += stream.replay_end(1.0)
+    assert withdrawn(actions) == ["new_life"]
+    stream.cleared(10)
+    assert not stream.complete

@@ -324,9 +324,9 @@ class LiveFleet:
             _log.exception("source %s: message %d could not be applied", source, seq)
             return
         self._counters.applied(change)
-        self._consider(known, change)
+        self._consider(known, seq, change)
 
-    def _consider(self, known: _Source, change: Change) -> None:
+    def _consider(self, known: _Source, seq: int, change: Change) -> None:
         """What a batch means for the truth of the source's flags."""
         lost = sum(change.skipped.get(reason, 0) for reason in _LOST_EVENTS)
         if lost:
@@ -338,7 +338,7 @@ class LiveFleet:
         elif change.cleared and not lost:
             blocks = self.index.stats(known.source).blocks
             if not any(blocks[tier] for tier in TIERS if tier not in change.cleared):
-                known.stream.cleared()
+                known.stream.cleared(seq)
 
     def withdraw(self, source: str, reason: str, *, everything: bool) -> None:
         """Forget what a life that is over held; tiers that outlive it stay, and are not proven any more."""

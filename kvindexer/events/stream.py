@@ -93,6 +93,8 @@ class Stream:
         """Last live frame."""
         self._sound = True
         self._complete = False
+        self._lost_before = 0
+        """The message behind the newest loss of this life."""
         self._holes = False
         """Messages are missing that a replay from 0 might still bring."""
         self._damaged = False
@@ -206,6 +208,7 @@ class Stream:
 
     def _joined_or_lost(self, seq: int) -> None:
         """Messages before this one will not come any more."""
+        self._lost_before = seq
         if self.last_seq is None:
             self._complete, self._holes = False, True
             self.why = f"joined at seq {seq}"
@@ -351,8 +354,10 @@ class Stream:
         self._uncertain = True
         self.why = why
 
-    def cleared(self) -> None:
-        """The engine's cache is known to be empty: whatever was lost before does not matter any more."""
+    def cleared(self, seq: int) -> None:
+        """The engine's cache was empty at this message: whatever was lost before does not matter any more."""
+        if self.last_seq is None or not self._lost_before <= seq <= self.last_seq:
+            return  # a list of actions is carried out after it was made: something was lost behind it, or all is over
         self._sound = self._complete = True
         self._holes = self._damaged = self._uncertain = False
         self._doubted = None
@@ -416,6 +421,7 @@ class Stream:
             case Purpose.REBUILD if seq == 0:
                 replay.from_zero = True
                 self.last_seq = self._doubted = None
+                self._lost_before = 0
                 self._digests.clear()
                 self._sound = self._complete = self._damaged = self._uncertain = False
                 return [Withdraw("rebuild", everything=False)]
@@ -444,6 +450,7 @@ class Stream:
         away = ", after a disconnect" if self._disconnected_since_last else ""
         self._flags_off(f"the replay buffer begins behind the last message{away}")
         self._holes = False
+        self._lost_before = seq
         self.gaps += 1
         self.last_seq = max(seq - 1, self._expected - 1)
         return []
@@ -497,7 +504,7 @@ class Stream:
         self._digests.clear()
         self._held.clear()
         self._replay = self._ask_at = self._doubted = self._overtaken = None
-        self._parts = 0
+        self._parts = self._lost_before = 0
         self._sound, self._complete = True, False
         self._holes = self._damaged = self._uncertain = False
         self._disconnected_since_last = not self._connected
