@@ -76,3 +76,13 @@ def test_links_of_the_docs_lead_somewhere() -> None:
             target = part.split(")")[0].split("#")[0]
             if target and "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_test_that_the_reliability_page_names_exists() -> None:
+    known = {path.name for path in (ROOT / "tests").glob("*.py")}
+    for path in (ROOT / "tests").glob("test_*.py"):
+        known |= {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = {word for word in page.split("`") if word.startswith("test_")}
+    assert len(named) > 20
+    assert named <= known
