@@ -92,6 +92,7 @@ async def one_round(fleet: LiveFleet, engine: FakeEngine, number: int, dice: ran
         await connected(guest)
         guest.run_request([number] * 100)
         await agrees(fleet, guest)
+        await flags(fleet, guest, sound=True, complete=True)
         assert fleet.status(f"guest-{number}").state == "live"
         assert len(fleet.unregister(f"guest-{number}")) == 1
     await batches
