@@ -155,14 +155,17 @@ class RecordingFleet(LiveFleet):
 
 
 def p1_order(history: Sequence[Entry]) -> Breach | None:
-    """Batches of a source apply in seq order, each exactly once, and are its own."""
+    """Batches of a source apply in seq order, each exactly once, and are its own.
+
+    No message names its life: two of them may meet in one view, which is then not sound (P2).
+    """
     for entry, source, view in _views(history):
         if not isinstance(history[entry], Applied):
             continue
         life, seq = view[-1]
         if life == _UNKNOWN:
             return Breach(source, entry, f"it has never published what was applied as seq {seq}")
-        if len(view) > 1 and view[-2] >= view[-1]:
+        if len(view) > 1 and view[-2][1] >= seq:
             return Breach(source, entry, f"life {life}, seq {seq} was applied behind {view[-2]}")
     return None
 

@@ -147,11 +147,12 @@ GOOD: list[Sequence[Entry]] = [
 BAD: list[tuple[Validator, Sequence[Entry], str]] = [
     (p1_order, [*TWO_LIVES, *applied((1, 0), (1, 0))], "behind"),
     (p1_order, [*TWO_LIVES, *applied((1, 1), (1, 0))], "behind"),
-    (p1_order, [*TWO_LIVES, *applied((2, 0), (1, 1))], "behind"),
+    (p1_order, [*TWO_LIVES, *applied((1, 1), (2, 0))], "behind"),
     (p1_order, [*published((1, 0), source="b"), *applied((1, 0))], "never published"),
     (p1_order, [*TWO_LIVES, Applied(0, "a", 1, 1_000)], "never published"),
     (p2_no_silent_falsehood, [*TWO_LIVES, *applied((1, 0), (1, 2)), LIVE], "called sound"),
     (p2_no_silent_falsehood, [*TWO_LIVES, *applied((1, 1)), *applied((2, 2)), JOINED_LATE], "called sound"),
+    (p2_no_silent_falsehood, [*TWO_LIVES, *applied((2, 0), (1, 1)), LIVE], "called sound"),
     (p2_no_silent_falsehood, [*TWO_LIVES, *applied((1, 1), (1, 2)), LIVE], "called complete"),
     (p2_no_silent_falsehood, [*TWO_LIVES, *applied((1, 0)), GONE, *applied((2, 1)), LIVE], "called complete"),
     (p2_no_silent_falsehood, [Published(0, "a", 1, 0, 1_000, clears=True), *applied((1, 0), (1, 2)), LIVE], "sound"),
