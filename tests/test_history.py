@@ -136,7 +136,7 @@ TWO_LIVES = published((1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2))
 GOOD: list[Sequence[Entry]] = [
     [],
     [*TWO_LIVES, *applied((1, 0), (1, 1), (1, 2)), LIVE, GONE, *applied((2, 0), (2, 1), (2, 2)), LIVE],
-    [*TWO_LIVES, *applied((1, 1), (1, 2)), JOINED_LATE, *applied((2, 2)), UNSURE],
+    [*TWO_LIVES, *applied((1, 1)), JOINED_LATE, *applied((2, 2)), UNSURE],
     [*TWO_LIVES, *applied((1, 0), (1, 2)), UNSURE, GONE, *applied((1, 0), (1, 1), (1, 2)), LIVE],
     [*TWO_LIVES, Published(0, "a", 2, 3, 2_003, clears=True), *applied((1, 1), (2, 3)), LIVE],
     [LIVE, Settled(0, "a", {"x": 2}, {"x": 2})],
