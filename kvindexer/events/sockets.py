@@ -18,7 +18,7 @@ _CONNECT_TIMEOUT_MS: Final = 3_000
 """Else the kernel's retries decide: a minute apart once a partition has lasted for two."""
 _HANDSHAKE_TIMEOUT_MS: Final = 5_000
 """Of libzmq's own 30 s a partition that swallowed a greeting would cost most, long after it is over."""
-_HEARTBEAT_MS: Final = 2_000
+_HEARTBEAT_MS: Final = 3_000
 _HEARTBEAT_TIMEOUT_MS: Final = 6_000
 
 

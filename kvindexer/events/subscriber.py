@@ -25,7 +25,7 @@ from kvindexer.types import SourceSpec
 
 _log = logging.getLogger(__name__)
 
-TICK_S: Final = 0.5
+TICK_S: Final = 1.0
 _SOCKETS_A_SOURCE: Final = 3
 _SPARE_SOCKETS: Final = 64
 
