@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Protocol
@@ -62,7 +61,6 @@ class _Source:
         self.stream = stream
         self.batches = 0
         self.poison = 0
-        self.counters: Counter[str] = Counter()
 
 
 class LiveFleet:
@@ -360,11 +358,8 @@ class LiveFleet:
         if known is not None:
             self._statuses.pop(known.spec.instance, None)
 
-    def dropped(self, source: str, reason: str) -> None:
+    def dropped(self, source: str, reason: str) -> None:  # noqa: ARG002 - metrics have no label a source could choose
         """Count a frame that had no effect."""
-        known = self._sources.get(source)
-        if known is not None:
-            known.counters[reason] += 1
         self._counters.skipped({reason: 1})
 
 
