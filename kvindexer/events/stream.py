@@ -84,6 +84,10 @@ class Stream:
         self.epoch = Epoch(1)
         self.last_seq: int | None = None
         """Newest seq applied in this life."""
+        self.birth = b""
+        """Digest of this life's first message; empty if it was not seen."""
+        self._first = 0
+        """The first message that was applied of this life."""
         self.gaps = 0
         self.replays = 0
         self.verified_at: float | None = None
@@ -143,6 +147,27 @@ class Stream:
         lowest = self._held.lowest()
         return lowest is not None and self.last_seq is not None and lowest > self._expected
 
+    @property
+    def next_seq(self) -> int:
+        """The seq behind the last applied one."""
+        return self._expected
+
+    @property
+    def coverage(self) -> tuple[int, int]:
+        """How much of this life was applied: level and first seq.
+
+        2: all of it, or all that matters; 1: all from a late join on; 0: something was lost.  A connection that is
+        down takes the flags off, but nothing from what was applied before.
+        """
+        if not self._sound or self._damaged or self._uncertain:
+            return 0, self._first
+        return (2, 0) if self._complete else (1, self._first)
+
+    @property
+    def settled(self) -> bool:
+        """Not in the midst of taking in a life from its start."""
+        return self.synced and (self._replay is None or self._replay.purpose is Purpose.CHECK)
+
     def lag_s(self, now: float) -> float:
         """Age of the oldest frame that was received and not applied."""
         oldest = self._held.oldest_at()
@@ -150,10 +175,26 @@ class Stream:
 
     @property
     def synced(self) -> bool:
-        """Past its first synchronisation, or known to be unreachable."""
-        return self.state is not State.SYNCING
+        """Caught up with, and heard: a source that is only known to be away may still hold `/ready` up."""
+        return self.state is State.LIVE
 
     # Inputs
+
+    def resume(self, epoch: Epoch, next_seq: int, digest: bytes, birth: bytes, coverage: tuple[int, int]) -> None:
+        """Go on behind a checkpoint whose blocks are in the index; call before `start`.
+
+        The life is in doubt until a replay from the checkpoint has proven that it is the engine's present one.
+        """
+        level, self._first = coverage
+        self.epoch, self.birth = epoch, birth
+        self._sound, self._complete = level > 0, level == 2  # noqa: PLR2004 - see `coverage`
+        if next_seq:
+            self.last_seq = next_seq - 1
+            self._digests[self.last_seq] = digest
+            # whatever we are sent after dialling was published later: a lower seq is of another life
+            self._live_seq, self._live_digest = self.last_seq, digest
+            self._disconnected_since_last = True
+        self.why = "resumed behind a checkpoint"
 
     def start(self, now: float) -> list[Action]:
         """The shell has subscribed; the first replay is asked for as soon as there is a connection."""
@@ -395,6 +436,10 @@ class Stream:
         return [Ask(Seq(start))]
 
     def _apply(self, seq: int, payload: bytes, digest: bytes) -> Apply:
+        if self.last_seq is None:
+            self._first = seq
+        if seq == 0:
+            self.birth = digest
         self.last_seq = seq
         self._digests[seq] = digest
         if len(self._digests) > _RECENT_DIGESTS:
@@ -501,6 +546,7 @@ class Stream:
 
     def _forget(self) -> None:
         self.last_seq = self._live_seq = None
+        self.birth = b""
         self._digests.clear()
         self._held.clear()
         self._replay = self._ask_at = self._doubted = self._overtaken = None

@@ -1,0 +1,26 @@
+-- Writes one line of the directory of sources.  KEYS[1]: '{namespace}:sources'.
+-- A line is '<generation>:<kind>:<spec>'; the line with the higher generation is the newer one, whoever brings it.
+-- ARGV: source, kind, spec, generation ('' for a new one, otherwise: publish again what may have been lost)
+-- Answers: the line's generation, as text
+
+local lines, source, kind, spec = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local known = redis.call('HGET', lines, source)
+local known_generation = known and tonumber(string.match(known, '^(%d+):')) or 0
+local counter = tonumber(redis.call('HGET', lines, '#generation') or '0')
+local generation
+if ARGV[4] == '' then
+  if known == string.format('%d', known_generation) .. ':' .. kind .. ':' .. spec then
+    return string.format('%d', known_generation)
+  end
+  generation = math.max(counter, known_generation) + 1
+else
+  generation = tonumber(ARGV[4])
+  if known_generation >= generation then
+    return string.format('%d', known_generation)
+  end
+end
+local text = string.format('%d', generation)
+local now = redis.call('TIME')
+redis.call('HSET', lines, source, text .. ':' .. kind .. ':' .. spec,
+  '#generation', string.format('%d', math.max(counter, generation)), '#version', now[1] .. '.' .. now[2])
+return text

@@ -1,0 +1,19 @@
+-- Gives back some buckets of a generation that is no shard's content any more, a few at a time.
+-- ARGV: generation, first bucket, behind the last bucket, '1' if these are the last ones
+-- Answers: {'ok'} or {why not}
+
+local generation = ARGV[1]
+if redis.call('HGET', meta, 'generation') == generation then
+  return {'in_use'}
+end
+local keys = {}
+for bucket = tonumber(ARGV[2]), tonumber(ARGV[3]) - 1 do
+  keys[#keys + 1] = buckets_of(generation) .. string.format('%d', bucket)
+end
+if #keys > 0 then
+  redis.call('UNLINK', unpack(keys))
+end
+if ARGV[4] == '1' then
+  redis.call('HDEL', meta, 'stage:' .. generation, 'staged:' .. generation)
+end
+return {'ok'}
