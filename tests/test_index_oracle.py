@@ -13,6 +13,7 @@ from hashlib import blake2b
 from random import Random
 from typing import Any
 
+import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -260,7 +261,7 @@ class Fleet(RuleBasedStateMachine):
     def ask(self, space: Keyspace, prompt: Prompt, only: set[str] | None) -> None:
         keys = prompt.keys(space.block_size)
         found = self.index.match(space, keys, len(prompt.tokens), only)
-        assert sorted(tuple(match) for match in found) == self.oracle.match(space, prompt, only)
+        assert sorted(map(msgspec.structs.astuple, found)) == self.oracle.match(space, prompt, only)
         if prompt is PROMPTS[self.turn % len(PROMPTS)]:
             path = prompt.blocks(space.block_size)
             for block, places in enumerate(self.index.locate(space, keys)):

@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from kvindexer.types import TIERS, EngineHash, Keyspace, SourceSpec, Tier
 
 
@@ -37,7 +39,7 @@ class Change(NamedTuple):
     """Events or blocks that had no effect, by reason."""
 
 
-class HolderMatch(NamedTuple):
+class HolderMatch(msgspec.Struct, frozen=True, gc=False):
     """How long a prefix one rank of an instance holds; all depths in blocks."""
 
     instance: str

@@ -8,6 +8,7 @@ each holder has one *primary* slot a group, and `feeds` says which other slots c
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -73,7 +74,8 @@ class Tail(NamedTuple):
     blocks: int
 
 
-class Holder(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Holder:
     """One rank of an instance, and what its engine can reuse."""
 
     instance: str

@@ -63,27 +63,31 @@ def _match_gpu(space: Space, keys: array[int], wanted: int, cap: int) -> list[Ho
     It says what the general walk says (the tests compare them); most fleets and most queries are like this.
     """
     topology = space.topology
-    holder_of = topology.holder_of
+    holder_of, feeds = topology.holder_of, topology.feeds
     found: list[HolderMatch] = []
     alive, before, depth = wanted, -1, 0
     # a mask that follows the last block: there everybody who is left drops out
     for depth, mask in enumerate(chain(map(space.tiers[Tier.GPU].get, keys, repeat(0)), (0,))):
-        if mask == before:
+        if mask is before:  # holder sets are interned, so this is nearly all of the runs; equal ones do no harm
             continue
         before = mask
-        gone = alive & ~(_fed(mask, topology.feeds) if topology.feeds else mask)
-        alive ^= gone
-        while gone and depth:
-            bit = gone & -gone
-            gone ^= bit
-            holder = holder_of[bit]
-            cached = max(0, min(depth, cap) - holder.speculative_blocks)
+        left = alive & (_fed(mask, feeds) if feeds else mask)
+        if left == alive:
+            continue
+        gone, alive = alive ^ left, left
+        if depth:
             alone, cumulative = (depth, 0, 0, 0), (depth, depth, depth, depth)
-            found.append(
-                HolderMatch(
-                    holder.instance, holder.rank, depth, depth, cached, alone, cumulative, holder.unknown_group
+            reusable = min(depth, cap)
+            while gone:
+                bit = gone & -gone
+                gone ^= bit
+                holder = holder_of[bit]
+                cached = reusable - holder.speculative_blocks if reusable > holder.speculative_blocks else 0
+                found.append(
+                    HolderMatch(
+                        holder.instance, holder.rank, depth, depth, cached, alone, cumulative, holder.unknown_group
+                    )
                 )
-            )
         if not alive:
             break
     return found
