@@ -68,6 +68,9 @@ def _serve(made: ArgumentParser) -> None:
         metavar="NAME=VALUE,...",
         help="a publisher, repeatable: instance=pod-a,model=m,block_size=16,endpoint=tcp://...,replay=tcp://...,rank=0",
     )
+    made.add_argument(
+        "--store", metavar="URL", help="of a Redis that holds a durable copy: redis://host:6379 (else: memory)"
+    )
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting, repeatable")
     _exit_with_stdin(made)
 

@@ -7,9 +7,11 @@ KvIndexerError
 │   ├── UnknownModelError        404
 │   ├── ConflictError            409: contradicts what is registered
 │   └── TooLargeError            413: beyond a limit that a setting names
+├── StoreError               Redis could not be asked, or refused; has a reason and a hint
 └── TraceError               a recording or trace file that can't be read: file, line and what was expected
 
 A `WireError` is the peer's fault, a `RequestError` the caller's, a `SettingsError` the operator's.
+A `StoreError` is never a caller's trouble: queries are answered from memory.
 """
 
 from __future__ import annotations
@@ -82,6 +84,16 @@ class TooLargeError(RequestError):
             f"{what}: {size} is over the limit of {limit}",
             f"send less, or raise {setting}",
         )
+
+
+class StoreError(KvIndexerError):
+    """The store can't be used now; `reason` is a short fixed word for counters, `hint` says what to change."""
+
+    def __init__(self, reason: str, message: str, hint: str = "") -> None:
+        self.reason = reason
+        self.message = message
+        self.hint = hint
+        super().__init__(f"{reason}: {message}" + (f"; {hint}" if hint else ""))
 
 
 class TraceError(KvIndexerError):

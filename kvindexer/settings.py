@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, get_args
 
 import yaml
@@ -24,11 +25,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvindexer.errors import SettingsError
 from kvindexer.source_settings import HIDDEN, TIER_NAMES, check_source, parse_source, short, source_of
+from kvindexer.store.address import StoreAddress, read_address, without_password
+from kvindexer.store.password import password_in
 from kvindexer.types import SourceSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from pydantic_settings import PydanticBaseSettingsSource
 
@@ -63,6 +65,7 @@ def _from_text(value: object) -> object:
 Count = Annotated[int, BeforeValidator(_no_boolean), Field(gt=0, le=MAX_COUNT)]
 Bytes = Annotated[int, BeforeValidator(_no_boolean), Field(gt=0, le=2**40)]
 Seconds = Annotated[float, BeforeValidator(_no_boolean), Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=64)]
 Weight = Annotated[float, BeforeValidator(_no_boolean), Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 
@@ -212,6 +215,56 @@ class Settings(BaseSettings):
         description="Longest stretch of ingest in milliseconds before waiting queries get their turn.",
     )
 
+    store: Annotated[StoreAddress, BeforeValidator(read_address)] = Field(
+        default=StoreAddress(),
+        description="Where the durable, shared copy of the index lives: `memory` for nowhere, or the URL of a Redis "
+        "or Valkey (see below).",
+    )
+    store_password: SecretStr | None = Field(
+        default=None,
+        description="Password for the store, if it isn't in the URL.",
+    )
+    store_password_file: Path | None = Field(
+        default=None,
+        description="File with the password for the store; read again for every new connection.",
+    )
+    store_namespace: Name = Field(
+        default="kvindexer",
+        min_length=1,
+        description="First part of all our keys, of letters, digits, `-`, `_` and `.`; replicas of one deployment "
+        "have the same, deployments that share a Redis each their own.",
+    )
+    store_timeout_s: Seconds = Field(
+        default=1.0,
+        description="Seconds that the store may take to accept a connection, and to answer a command.",
+    )
+    store_flush_interval_s: Seconds = Field(
+        default=0.5,
+        description="Seconds between writes of a source's changes to the store; more under load.",
+    )
+    store_poll_interval_s: Seconds = Field(
+        default=1.0,
+        description="Seconds between looks at what other replicas have written.",
+    )
+    store_takeover_s: Seconds = Field(
+        default=3.0,
+        description="Seconds that a source's copy in the store may lag before another replica writes it.",
+    )
+    store_check_interval_s: Seconds = Field(
+        default=60.0,
+        description="Seconds between comparisons of each source's digest in memory and in the store, and between "
+        "looks at the server's own condition.",
+    )
+    store_pending_max_bytes: Bytes = Field(
+        default=64 * MIB,
+        description="Most bytes of changes that wait for the store; past it a source is written as a whole later.",
+    )
+    replica: Name = Field(
+        default="",
+        description="Name of this replica, different from all others; without one, the host's name and a random "
+        "suffix.",
+    )
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -263,6 +316,7 @@ class Settings(BaseSettings):
             if getattr(self, smaller) > getattr(self, larger):
                 value = getattr(self, larger)
                 raise SettingsError(larger, value, f"at least {smaller}, which is {getattr(self, smaller)}")
+        self._one_password()
         dialled: dict[str, SourceSpec] = {}
         for place, spec in enumerate(self.sources):
             key = f"sources[{place}].endpoint"
@@ -273,6 +327,19 @@ class Settings(BaseSettings):
             if dialled.setdefault(spec.endpoint, spec) != spec:
                 raise SettingsError(key, spec.endpoint, "one source an endpoint")
         return self
+
+    def _one_password(self) -> None:
+        """Find out at start, not at the first connection, that a password is there, once."""
+        given = {
+            "store_password_file": self.store_password_file,
+            "store_password": self.store_password,
+            "store": self.store.password,
+        }
+        first, *others = [key for key, value in given.items() if value is not None] or [""]
+        if others:
+            raise SettingsError(first, HIDDEN, f"one password: there is one in {' and '.join(others)} as well")
+        if self.store_password_file is not None:
+            password_in(self.store_password_file)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Keep the salts of deployments out of logs."""
@@ -374,6 +441,8 @@ def _shown(name: str, value: object) -> object:
     """Hide secrets and cut what would flood a terminal."""
     field = Settings.model_fields.get(name)
     secret = field is not None and SecretStr in (field.annotation, *get_args(field.annotation))
+    if name == "store":
+        return without_password(str(value))
     return HIDDEN if secret else short(value)
 
 
@@ -382,7 +451,7 @@ def markdown_table() -> str:
     lines = ["| setting | variable | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = field.default
-        if default in ((), {}):
+        if default in ((), {}, "", None):
             shown = "none"
         elif isinstance(default, dict):
             shown = ", ".join(f"{key} {value}" for key, value in default.items())

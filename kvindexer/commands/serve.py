@@ -33,5 +33,11 @@ def overrides(options: Namespace) -> dict[str, Any]:
         if key in values:
             raise SettingsError(key, value, "one --set for each setting")
         values[key] = value
-    named = {"host": options.host, "port": options.port, "log_level": options.log_level, "sources": options.source}
+    named = {
+        "host": options.host,
+        "port": options.port,
+        "log_level": options.log_level,
+        "sources": options.source,
+        "store": options.store,
+    }
     return values | {key: value for key, value in named.items() if value is not None}

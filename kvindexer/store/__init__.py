@@ -1,0 +1,1 @@
+"""Redis: the durable, shared copy of the index, never in the path of a query."""
