@@ -3,6 +3,7 @@
     Registry      which sources exist
     Subscriber    their sockets ─► Stream machines ─► Apply, Withdraw, Drop
     LiveFleet     Apply ─► index.apply ─► what the change means for the source's flags
+    Keeper        a copy of all that beyond this process, if there is one
 
 Invariant: whatever a source sends or does, the others go on; what a source lost shows in its flags.
 """
@@ -12,11 +13,12 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
 from kvindexer.errors import ConflictError, KvIndexerError, WireError
+from kvindexer.events.keeping import Keeper, Nobody, StoreProblem
 from kvindexer.events.listing import Listing, is_listing
 from kvindexer.events.sockets import SubscriberSettings
 from kvindexer.events.sources import Registry
@@ -64,15 +66,22 @@ class _Source:
 
 
 class LiveFleet:
-    """The registered sources, followed; `Fleet` of the HTTP API and `Sink` of the subscriber.
+    """The registered sources, followed; `Fleet` of the HTTP API, `Sink` of the subscriber, `Kept` of its keeper.
 
     `open_index` makes the index engine; what it is given names sources in the order in which they may lose entries.
     """
 
-    def __init__(self, settings: Settings, open_index: Callable[[LeastTrusted], Index], counters: Counters) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        open_index: Callable[[LeastTrusted], Index],
+        counters: Counters,
+        keeper: Keeper | None = None,
+    ) -> None:
         self.settings = settings
         self.index = open_index(self._least_trusted)
         self._counters = counters
+        self._keeper = keeper or Nobody()
         self._registry = Registry(settings.allowed_endpoints, settings.max_sources, settings.bind_endpoints)
         self._sources: dict[str, _Source] = {}
         self._by_instance: dict[str, list[_Source]] = {}
@@ -104,10 +113,13 @@ class LiveFleet:
         try:
             for endpoint in settings.bind_endpoints:
                 self._subscriber.bind(endpoint)
-            for spec in settings.sources:
-                self.register(spec)
-            self._awaited = {*self._sources, *self._listings}
-            yield
+            async with self._keeper.running(self) as registered:
+                for spec in settings.sources:
+                    self._register(spec)
+                for spec in registered:
+                    self._register_found(spec)
+                self._awaited = {*self._sources, *self._listings}
+                yield
         finally:
             for listing in self._listings.values():
                 await listing.close()
@@ -138,9 +150,22 @@ class LiveFleet:
 
         An HTTP address stands for the publishers that the engine there lists.
         """
+        new = self._register(spec)
+        if new:
+            self._keeper.registered(self._registry.identity(spec), spec)
+        return new
+
+    def _register(self, spec: SourceSpec) -> bool:
         if is_listing(spec.endpoint):
             return self._list(spec)
         return self._follow(spec)
+
+    def _register_found(self, spec: SourceSpec) -> None:
+        """Follow what was registered before this process started; the settings of today win over it."""
+        try:
+            self._register(spec)
+        except KvIndexerError as error:
+            _log.warning("source %s of the store is not followed: %s", spec.endpoint, error)
 
     def _list(self, spec: SourceSpec) -> bool:
         known = self._listings.get(spec.endpoint)
@@ -153,7 +178,9 @@ class LiveFleet:
         return True
 
     def _forget(self, spec: SourceSpec) -> None:
-        self._hang_up(spec.instance, model=spec.model, tenant=spec.tenant, rank=spec.rank, source_type=spec.type)
+        source = self._registry.identity(spec)
+        if self._registry.remove(source) is not None:
+            self._drop([(source, spec)])
 
     def _follow(self, spec: SourceSpec) -> bool:
         if self._subscriber is None:
@@ -161,9 +188,20 @@ class LiveFleet:
         source = self._registry.register(spec)
         if source is None:
             return False
+        self._sources[source] = known = _Source(source, spec, self._stream(spec))
+        self._by_instance.setdefault(spec.instance, []).append(known)
+        try:
+            self._start(known)
+        except KvIndexerError:
+            self._forget(spec)
+            raise
+        _log.info("source %s registered: instance %s, model %s", source, spec.instance, spec.model)
+        return True
+
+    def _stream(self, spec: SourceSpec) -> Stream:
         settings = self.settings
         spread = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - spreads load, guards nothing
-        stream = Stream(
+        return Stream(
             StreamSettings(
                 replayable=spec.replay is not None,
                 dialled=spec.endpoint not in settings.bind_endpoints,
@@ -176,16 +214,18 @@ class LiveFleet:
                 retry_max_s=settings.replay_retry_max_s,
             )
         )
-        self.index.attach(source, spec)
-        self._sources[source] = known = _Source(source, spec, stream)
-        self._by_instance.setdefault(spec.instance, []).append(known)
-        try:
-            self._subscriber.add(source, spec, stream)
-        except KvIndexerError:
-            self._forget(spec)
-            raise
-        _log.info("source %s registered: instance %s, model %s", source, spec.instance, spec.model)
-        return True
+
+    def _start(self, known: _Source) -> None:
+        """Warm the source's share, then dial."""
+        stream = known.stream
+
+        def dial() -> None:
+            still = self._sources.get(known.source) is known and known.stream is stream
+            if still and self._subscriber is not None:
+                self._subscriber.add(known.source, known.spec, stream)
+
+        self.index.attach(known.source, known.spec)
+        self._keeper.follow(known.source, known.spec, stream, dial)
 
     def unregister(
         self,
@@ -209,30 +249,59 @@ class LiveFleet:
         for listing in listings:
             listing.cancel()
             del self._listings[listing.spec.endpoint]
-        gone = self._hang_up(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
-        return [listing.spec for listing in listings] or gone
-
-    def _hang_up(
-        self,
-        instance: str,
-        *,
-        model: str | None,
-        tenant: str | None,
-        rank: int | None,
-        source_type: SourceType | None,
-    ) -> list[SourceSpec]:
+            self._keeper.unregistered(listing.spec.endpoint)
         removed = self._registry.unregister(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
+        for source, _ in removed:
+            self._keeper.unregistered(source)
+        self._drop(removed)
+        return [listing.spec for listing in listings] or [spec for _, spec in removed]
+
+    def _drop(self, removed: Iterable[tuple[str, SourceSpec]]) -> None:
+        """Hang up on sources that are no longer registered."""
         for source, spec in removed:
             if self._subscriber is not None:
                 self._subscriber.remove(source)
+            self._keeper.forget(source)
             self.index.detach(source)
             known = self._sources.pop(source)
-            self._by_instance[instance].remove(known)
-            if not self._by_instance[instance]:
-                del self._by_instance[instance]
+            self._by_instance[spec.instance].remove(known)
+            if not self._by_instance[spec.instance]:
+                del self._by_instance[spec.instance]
+            self._statuses.pop(spec.instance, None)
             _log.info("source %s unregistered: instance %s, model %s", source, spec.instance, spec.model)
-        self._statuses.pop(instance, None)
-        return [spec for _, spec in removed]
+
+    # Kept
+
+    def follow_anew(self, source: str) -> None:
+        """See `Kept.follow_anew`."""
+        known = self._sources.get(source)
+        if known is None or self._subscriber is None:
+            return
+        self._subscriber.remove(source)
+        known.stream = self._stream(known.spec)
+        self._start(known)
+        self.changed(source)
+
+    def register_shared(self, spec: SourceSpec) -> None:
+        """See `Kept.register_shared`."""
+        self._register(spec)
+
+    def unregister_shared(self, source: str) -> None:
+        """See `Kept.unregister_shared`."""
+        listing = self._listings.pop(source, None)
+        if listing is not None:
+            listing.cancel()
+            for listed in listing.sources:
+                self._forget(listed)
+        spec = self._registry.remove(source)
+        if spec is not None:
+            self._drop([(source, spec)])
+
+    def problems(self) -> Sequence[StoreProblem]:
+        """What is wrong with the durable copy."""
+        return self._keeper.problems()
+
+    # Answers
 
     def status(self, instance: str) -> InstanceStatus:
         """Worst of what is known of the instance's sources."""
@@ -314,15 +383,18 @@ class LiveFleet:
             known.poison += 1
             known.stream.damaged(f"message {seq} can't be read: {error.reason}")
             self._counters.skipped({error.reason: 1})
+            self._keeper.applied(source, seq, payload, Change())
             return
         except Exception:  # noqa: BLE001 - one bad source must not stop the others; it is logged and its flags go
             known.poison += 1
             known.stream.damaged(f"message {seq} could not be applied")
             self._counters.skipped({"internal_error": 1})
             _log.exception("source %s: message %d could not be applied", source, seq)
+            self._keeper.applied(source, seq, payload, Change())
             return
         self._counters.applied(change)
         self._consider(known, seq, change)
+        self._keeper.applied(source, seq, payload, change)
 
     def _consider(self, known: _Source, seq: int, change: Change) -> None:
         """What a batch means for the truth of the source's flags."""
@@ -350,6 +422,7 @@ class LiveFleet:
         if any(self.index.stats(source).blocks):
             known.stream.uncertain("entries of an earlier life were kept")
         self._counters.withdrawn(reason, entries)
+        self._keeper.withdrawn(source, reason)
         _log.warning("source %s: %d entries withdrawn (%s)", source, entries, reason)
 
     def changed(self, source: str) -> None:

@@ -44,7 +44,7 @@ class Registry:
 
         Raises ConflictError, TooLargeError, or RequestError for an endpoint that may not be dialled.
         """
-        source = self._identity(spec)
+        source = self.identity(spec)
         for endpoint in (spec.endpoint, spec.replay):
             if endpoint is not None and endpoint not in self._bound:
                 self.check_endpoint(endpoint)
@@ -90,7 +90,11 @@ class Registry:
             del self._specs[source]
         return chosen
 
-    def _identity(self, spec: SourceSpec) -> str:
+    def remove(self, source: str) -> SourceSpec | None:
+        """Remove one source; returns what it was registered as."""
+        return self._specs.pop(source, None)
+
+    def identity(self, spec: SourceSpec) -> str:
         """What we dial; of a publisher that dials us the topic and rank too, for nothing else tells it apart."""
         if spec.endpoint not in self._bound:
             return spec.endpoint

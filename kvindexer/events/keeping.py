@@ -1,0 +1,101 @@
+"""What a fleet tells to whoever keeps its index beyond this process, and what that may ask of the fleet.
+
+    LiveFleet ── registered, applied, withdrawn, unregistered ──► Keeper (`store.keeper`)
+    LiveFleet ◄── dial, follow anew, register, unregister ─────── Keeper
+
+`Nobody` is the keeper of an index that lives in memory alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import NamedTuple, Protocol
+
+from kvindexer.events.stream import Stream
+from kvindexer.index.seam import Change, Index
+from kvindexer.types import SourceSpec
+
+
+class StoreProblem(NamedTuple):
+    """Why the durable copy is not as it should be."""
+
+    reason: str
+    message: str
+    hint: str
+
+
+class Kept(Protocol):
+    """The fleet, as its keeper sees it."""
+
+    @property
+    def index(self) -> Index:
+        """Where what the sources hold is."""
+
+    def follow_anew(self, source: str) -> None:
+        """Hang up on a source, forget what it holds, and follow it as if it had just been registered."""
+
+    def register_shared(self, spec: SourceSpec) -> None:
+        """Follow what another replica has registered.  Raises KvIndexerError."""
+
+    def unregister_shared(self, source: str) -> None:
+        """Forget what another replica has unregistered."""
+
+
+class Keeper(Protocol):
+    """Keeps a copy of the index; calls never block, raise or wait."""
+
+    def running(self, fleet: Kept) -> AbstractAsyncContextManager[Sequence[SourceSpec]]:
+        """Keep the fleet's index while it is entered; gives the sources that are registered already."""
+
+    def follow(self, source: str, spec: SourceSpec, stream: Stream, dial: Callable[[], None]) -> None:
+        """A source was attached to the index: warm it, tell its stream where to resume, then `dial`, once."""
+
+    def applied(self, source: str, seq: int, payload: bytes, change: Change) -> None:
+        """A message went into the index."""
+
+    def withdrawn(self, source: str, reason: str) -> None:
+        """Entries of a source were dropped: `new_life`, `rebuild` or `gone`."""
+
+    def forget(self, source: str) -> None:
+        """A source is not followed here any more."""
+
+    def registered(self, source: str, spec: SourceSpec) -> None:
+        """Somebody has registered a source with this replica, for all of them."""
+
+    def unregistered(self, source: str) -> None:
+        """Somebody has unregistered a source with this replica, for all of them."""
+
+    def problems(self) -> Sequence[StoreProblem]:
+        """What is wrong with the copy; nothing of it touches the answers."""
+
+
+class Nobody:
+    """Keeps nothing."""
+
+    def running(self, fleet: Kept) -> AbstractAsyncContextManager[Sequence[SourceSpec]]:  # noqa: ARG002
+        """See `Keeper.running`."""
+        return nullcontext(())
+
+    def follow(self, source: str, spec: SourceSpec, stream: Stream, dial: Callable[[], None]) -> None:  # noqa: ARG002
+        """There is nothing to warm the source with."""
+        dial()
+
+    def applied(self, source: str, seq: int, payload: bytes, change: Change) -> None:
+        """See `Keeper.applied`."""
+
+    def withdrawn(self, source: str, reason: str) -> None:
+        """See `Keeper.withdrawn`."""
+
+    def forget(self, source: str) -> None:
+        """See `Keeper.forget`."""
+
+    def registered(self, source: str, spec: SourceSpec) -> None:
+        """See `Keeper.registered`."""
+
+    def unregistered(self, source: str) -> None:
+        """See `Keeper.unregistered`."""
+
+    def problems(self) -> Sequence[StoreProblem]:
+        """Nothing can go wrong with nothing."""
+        return ()
