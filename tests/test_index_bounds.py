@@ -144,7 +144,7 @@ def test_links_that_wait_for_a_parent_are_bounded() -> None:
     for number in range(0, 40, 2):
         change = index.apply("pod-a", payload([chain(number, 3), removed(hashes(number)[3:])]))
         counted.update(change.skipped)
-        assert index._shares["pod-a"].domain.waiting_links <= 6
+        assert len(index._shares["pod-a"].domain.waits_for) <= 6
     assert counted == {"link_forgotten": 20 * 3 - 6}
     index.apply("pod-a", payload([chain(38, 0, 3), placeholder(hashes(38)[3:])]))
     assert depth(index, 38) == BLOCKS
@@ -245,7 +245,7 @@ def test_what_is_left_is_true(limits: IndexLimits, seed: int) -> None:
         assert sum(entries.values()) == index._entries <= limits.max_entries
         for domain in {share.domain for share in index._shares.values()}:
             assert len(domain.unbound) <= limits.max_orphans_per_source * len(domain.members)
-            assert domain.waiting_links <= limits.max_orphans_per_source * len(domain.members)
+            assert len(domain.waits_for) <= limits.max_orphans_per_source * len(domain.members)
         asked = prompt(random.randrange(prompts))
         found = index.match(SPACE, asked.keys(SIZE), 4 * BLOCKS)
         if "link_forgotten" not in change.skipped and limits.max_orphans_per_source > 100:

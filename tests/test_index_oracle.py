@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from copying import everything
 from kvindexer.index.engine import PyIndex
 from kvindexer.types import TIERS, Keyspace, SourceSpec, Tier
 from oracle import Event, Oracle, Prompt, cleared, payload, placeholder, removed, stored
@@ -221,7 +222,7 @@ class Fleet(RuleBasedStateMachine):
         name = self.any_source(data)
         match what:
             case "save":
-                self.index.load(name, self.index.export(name))
+                self.save_and_load(name)
             case "withdraw":
                 self.withdraw(name, data.draw(st.sets(st.sampled_from(TIERS), min_size=1)))
             case "clear":
@@ -233,6 +234,12 @@ class Fleet(RuleBasedStateMachine):
             case _:
                 away = [name for name in self.fleet if name not in self.oracle.sources]
                 self.attach(data.draw(st.sampled_from(away or self.fleet)))
+
+    def save_and_load(self, name: str) -> None:
+        saved, facts = everything(self.index, name), self.index.facts(name)
+        self.index.attach(name, SPECS[name])
+        self.index.load(name, list(saved), list(saved.values()))
+        self.index.loaded(name, facts)
 
     def withdraw(self, name: str, tiers: set[Tier]) -> None:
         before = len(self.oracle.copies(name))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
 import pytest
 
+from copying import copy
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import HolderMatch, IndexLimits
 from kvindexer.types import TIERS, Keyspace, SourceSpec, Tier
@@ -176,10 +176,9 @@ def test_a_loaded_share_of_a_domain_leaves_no_bindings_for_ever() -> None:
     index.attach("shared", STORE)
     index.apply("s", payload([whole(0, 12)]))
     index.apply("shared", payload([placeholder(HASHES[:2], medium="OBJ")]))
-    packed = index.export("shared")
     other = PyIndex(limits)
     other.attach("shared", STORE)
-    other.load("shared", packed)
+    copy(index, other, "shared")
     other.apply("shared", payload([removed([999], medium="OBJ")]))
     assert other.stats("shared").bindings <= 5
 
@@ -190,33 +189,9 @@ def test_a_loaded_share_keeps_to_the_bounds() -> None:
     index.apply("s", payload([whole(0, 12)]))
     small = PyIndex(IndexLimits(max_entries_per_source=5))
     small.attach("s", POD)
-    small.load("s", index.export("s"))
+    copy(index, small, "s")
     assert small.stats("s").blocks == (5, 0, 0, 0)
     assert small.stats("s").truncated
-
-
-def test_a_snapshot_with_impossible_numbers_leaves_the_share_alone() -> None:
-    """It was forgotten before the snapshot was found to be wrong."""
-    index = PyIndex()
-    index.attach("s", POD)
-    index.apply("s", payload([whole(0, 12)]))
-    packed = index.export("s")
-    places: list[list[Any]] = [
-        [0, 0, 9, None, 4, None, {}],
-        [0, 0, 0, None, 4, None, {-1: 1}],
-        [0, 0, 0, None, 0, None, {}],
-    ]
-    for place in places:
-        with pytest.raises(ValueError, match="snapshot"):
-            index.load("s", _with_place(packed, place))
-    assert held(index) == 12
-
-
-def _with_place(packed: bytes, place: list[Any]) -> bytes:
-    value = msgpack.unpackb(packed, strict_map_key=False)
-    value[1].append(place)
-    repacked: bytes = msgpack.packb(value)
-    return repacked
 
 
 def test_a_restarted_engine_may_have_other_groups() -> None:
@@ -229,7 +204,9 @@ def test_a_restarted_engine_may_have_other_groups() -> None:
     index.apply("s", payload([whole(group_idx=0)]))
     for loaded in (False, True):
         if loaded:
-            index.load("s", index.export("s"))
+            first, index = index, PyIndex()
+            index.attach("s", POD)
+            copy(first, index, "s")
         found = ask(index)
         assert found is not None
         assert found.held == 12
@@ -289,14 +266,14 @@ def test_the_rule_of_a_group_may_come_from_any_publisher_of_the_instance() -> No
 
 
 def test_a_keyspace_goes_with_the_last_source_of_its_model() -> None:
-    """A snapshot of a store named block sizes of its readers; their tables stayed when the store had left."""
+    """The bindings of a store named block sizes of its readers; their tables stayed when the store had left."""
     index = PyIndex()
     index.attach("s", POD)
     index.attach("shared", STORE)
     index.apply("s", payload([whole(0, 3, size=8)]))
     other = PyIndex()
     other.attach("shared", STORE)
-    other.load("shared", index.export("shared"))
+    copy(index, other, "shared")
     other.detach("shared")
     assert other.keyspaces("default", "tiny") == []
 

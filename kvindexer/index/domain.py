@@ -2,13 +2,18 @@
 
     bindings   engine hash -> block key         learnt from stores that carry tokens; kept past the last copy
     waiting    parent hash -> {hash: local}     stores whose parent is not known yet: bound when it turns up
+    waits_for  hash -> parent hash              the same links seen from the child
     unbound    held hashes without a key        orphans: counted as copies, in no answer until they are bound
     dead       bindings that nobody holds       least recently used first; the first to go at a bound
 
 A source is a domain of its own; a store and the engines that read it share one, for they share hashes.
 
 Invariants: once bound, a hash keeps its key; every held hash is either bound and shown or in `unbound`; a hash is
-never in both; a binding that nobody holds is in `dead` (where some may be that are held again).
+never in both; a binding that nobody holds is in `dead` (where some may be that are held again); a hash waits behind
+one parent at most (the one named last), and only while it is not bound.
+
+A domain has one *keeper*: the member whose records carry what is known of hashes that no member holds
+(`index.records`).  It is the store with the smallest name, or without a store the member with the smallest name.
 
 Queues are OrderedDicts: taking the first key out of a plain dict again and again walks over all that went before.
 """
@@ -16,8 +21,10 @@ Queues are OrderedDicts: taking the first key out of a plain dict again and agai
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from kvindexer.index.topology import is_store
 from kvindexer.tokenization.blocks import link
 
 if TYPE_CHECKING:
@@ -32,19 +39,37 @@ class Domain:
         self.space = space
         """Where hashes are bound unless `elsewhere` says otherwise."""
         self.members: list[Share] = []
+        self.keeper: Share | None = None
+        """Whose records tell of hashes that nobody holds; None: no members."""
         self.bindings: dict[int, int] = {}
         self.elsewhere: dict[int, Space] = {}
         """Hashes whose blocks have another size than the registered one."""
         self.parents: dict[int, int] | None = None
         """Hash -> hash of the block before; kept only where offload chunks cover several blocks."""
         self.waiting: OrderedDict[int, dict[int, tuple[int, Space]]] = OrderedDict()
-        self.waiting_links = 0
+        self.waits_for: dict[int, int] = {}
         self.unbound: OrderedDict[int, None] = OrderedDict()
         self.dead: OrderedDict[int, None] = OrderedDict()
-        self.resolved: list[int] = []
-        """Orphans that were bound since the engine looked last."""
+        self.learnt: list[int] = []
+        """Hashes that may be held, of which the key, link or parent has changed since the engine looked last, beside
+        those that an event has brought in."""
+        self.unheld: list[int] = []
+        """Hashes that nobody holds, of which the key or link has come or gone since the engine looked last."""
         self.conflicts = 0
         """Stores that named another block for a bound hash (and were overruled)."""
+
+    def join(self, members: Iterable[Share]) -> None:
+        """More shares have their hashes in common."""
+        self.members += members
+        self._choose_keeper()
+
+    def leave(self, member: Share) -> None:
+        """One share less."""
+        self.members.remove(member)
+        self._choose_keeper()
+
+    def _choose_keeper(self) -> None:
+        self.keeper = min(self.members, key=lambda member: (not is_store(member.spec), member.source), default=None)
 
     def space_of(self, block_hash: int) -> Space:
         """The keyspace that a bound hash's key belongs to."""
@@ -61,29 +86,54 @@ class Domain:
                 continue
             if its_space is not self.space:
                 self.elsewhere[found] = its_space
+            self._unlink(found)
             if found in self.unbound:
                 del self.unbound[found]
-                self.resolved.append(found)
+                self.learnt.append(found)
                 for member in self.members:
                     member.bound(found, its_key, its_space)
             elif found != block_hash:  # its last copy went while it waited for its parent
                 self.bury(found)
+                self.unheld.append(found)
             children = self.waiting.pop(found, None)
             if children:
-                self.waiting_links -= len(children)
-                open_ends += [(child, link(its_key, local), where) for child, (local, where) in children.items()]
+                for child, (local, where) in children.items():
+                    del self.waits_for[child]
+                    open_ends.append((child, link(its_key, local), where))
 
     def bind_behind(self, parent: int, block_hash: int, local: int, space: Space) -> None:
-        """Bind a hash by its parent's key, now or once the parent is bound."""
+        """Bind a hash that is not bound yet by its parent's key, now or once the parent is bound."""
         key = self.bindings.get(parent)
         if key is not None:
             self.bind(block_hash, link(key, local), space)
             self.bury(block_hash)
             return
-        children = self.waiting.setdefault(parent, {})
-        if block_hash not in children:
-            self.waiting_links += 1
-        children[block_hash] = (local, space)
+        self._unlink(block_hash)
+        self.waiting.setdefault(parent, {})[block_hash] = (local, space)
+        self.waits_for[block_hash] = parent
+        if block_hash in self.unbound:
+            self.learnt.append(block_hash)
+
+    def _unlink(self, block_hash: int) -> None:
+        """This hash waits for no parent any more."""
+        parent = self.waits_for.pop(block_hash, None)
+        if parent is not None:
+            children = self.waiting[parent]
+            del children[block_hash]
+            if not children:
+                del self.waiting[parent]
+
+    def follow(self, hashes: Sequence[int], parent: int | None) -> None:
+        """Note which block is before which, where offload chunks make that matter; `parent` is before the first."""
+        parents = self.parents
+        if parents is None:
+            return
+        for block_hash in hashes:
+            if parent is not None and parents.get(block_hash) != parent:
+                parents[block_hash] = parent
+                if block_hash in self.bindings or block_hash in self.unbound:
+                    self.learnt.append(block_hash)
+            parent = block_hash
 
     def bury(self, block_hash: int) -> None:
         """Nobody may hold this bound hash any more: it is forgotten when as many others have come behind it."""
@@ -100,23 +150,31 @@ class Domain:
                 self.elsewhere.pop(oldest, None)
                 if self.parents is not None:
                     self.parents.pop(oldest, None)
+                self.unheld.append(oldest)
                 bindings += 1
-        while self.waiting_links > links_limit:
+        while len(self.waits_for) > links_limit:
             _, children = self.waiting.popitem(last=False)
-            self.waiting_links -= len(children)
             links += len(children)
-            if self.parents is not None:
-                for child in children:
-                    if child not in self.bindings:
-                        self.parents.pop(child, None)
+            for child in children:
+                del self.waits_for[child]
+                if self.parents is not None:
+                    self.parents.pop(child, None)
+                (self.learnt if child in self.unbound else self.unheld).append(child)
         return bindings, links
 
     def _held(self, block_hash: int) -> bool:
         """Whether any member has a copy of a bound hash; mostly nobody has the block, which is seen at once."""
         key = self.bindings.get(block_hash)
-        if key is None or not self.space_of(block_hash).has(key):
-            return False
+        return key is not None and self.space_of(block_hash).has(key) and self.holds(block_hash)
+
+    def holds(self, block_hash: int) -> bool:
+        """Whether any member has a copy."""
         return any(member.holds(block_hash) for member in self.members)
+
+    def holds_none(self, hashes: Iterable[int]) -> Iterator[int]:
+        """Those of these hashes that no member has a copy of."""
+        places = [place.copies for member in self.members for place in member.places.values() if place.copies]
+        return (block_hash for block_hash in hashes if not any(block_hash in copies for copies in places))
 
     def absorb(self, other: Domain) -> None:
         """Take over another domain's members and knowledge; for a hash known to both, ours stays."""
@@ -125,12 +183,7 @@ class Domain:
         held = {block_hash for member in other.members for block_hash in member.hide_all()}
         if self.parents is not None or other.parents is not None:
             self.parents = {**(other.parents or {}), **(self.parents or {})}
-        for block_hash, key in other.bindings.items():
-            self.bind(block_hash, key, other.space_of(block_hash))
-        for parent, children in other.waiting.items():
-            for child, (local, space) in children.items():
-                self.bind_behind(parent, child, local, space)
-        self.dead |= other.dead
+        self._learn_from(other)
         for member in other.members:
             member.domain = self
         for block_hash in held:
@@ -140,4 +193,15 @@ class Domain:
                 continue
             for member in other.members:
                 member.bound(block_hash, known, self.space_of(block_hash))
-        self.members += other.members
+        self.join(other.members)
+        self.learnt += other.learnt
+        self.unheld += other.unheld
+
+    def _learn_from(self, other: Domain) -> None:
+        for block_hash, key in other.bindings.items():
+            self.bind(block_hash, key, other.space_of(block_hash))
+        for parent, children in other.waiting.items():
+            for child, (local, space) in children.items():
+                if child not in self.bindings:
+                    self.bind_behind(parent, child, local, space)
+        self.dead |= other.dead

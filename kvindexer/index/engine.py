@@ -21,11 +21,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from kvindexer.events.wire import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch
-from kvindexer.index import snapshot
+from kvindexer.index import facts as source_facts
+from kvindexer.index import records as packed_records
+from kvindexer.index.loading import Loader
 from kvindexer.index.seam import Change, HolderMatch, Holding, IndexLimits, SourceStats
 from kvindexer.index.share import Share
 from kvindexer.index.space import Space
 from kvindexer.index.topology import is_store, reads
+from kvindexer.index.touched import told
 from kvindexer.index.walk import match
 from kvindexer.index.writer import BatchWriter
 from kvindexer.tiering.media import MediaTable
@@ -93,6 +96,10 @@ class PyIndex:
         share.forget_places()
         self._recount(share)
         self._forget(share)
+        if len(share.domain.members) > 1:
+            share.domain.unheld += gone  # what nobody holds any more is the keeper's to tell of
+        else:
+            share.domain.unheld.clear()  # whoever copies the share has to copy it anew anyway
         return len(gone)
 
     def _recount(self, share: Share) -> None:
@@ -124,20 +131,17 @@ class PyIndex:
                 case AllBlocksCleared():
                     work.clear(event)
         self._entries += share.recount()
-        dropped, others = self._shed(share)
+        dropped, victims = self._shed(share)
         bindings, links = self._forget(share)
-        work.touched.extend(dropped)
-        work.touched.extend(share.domain.resolved)
-        share.domain.resolved.clear()
         for reason, count in (
             ("over_bound", len(dropped)),
-            ("made_room", others),
+            ("made_room", sum(len(lost) for _, lost in victims)),
             ("binding_forgotten", bindings),
             ("link_forgotten", links),
         ):
             if count:
                 work.skip(reason, count)
-        return work.change()
+        return work.change(told(share, work.touched, [(share, dropped), *victims]))
 
     # Bounds
 
@@ -145,16 +149,16 @@ class PyIndex:
         """Bring a domain's memory back under its bounds; returns how many bindings and waiting links went."""
         domain = share.domain
         members = len(domain.members)
-        if not members or not (domain.dead or domain.waiting_links):
+        if not members or not (domain.dead or domain.waits_for):
             return 0, 0
         return domain.forget_dead(
             self._limits.max_dead_bindings_per_source * members, self._limits.max_orphans_per_source * members
         )
 
-    def _shed(self, share: Share) -> tuple[list[int], int]:
+    def _shed(self, share: Share) -> tuple[list[int], list[tuple[Share, list[int]]]]:
         """Bring entries back under their bounds: orphans first, then the oldest of the least trusted source.
 
-        Returns which entries of this share went, and how many of others.
+        Returns which entries of this share went, and which of others.
         """
         domain, limits = share.domain, self._limits
         gone: list[int] = []
@@ -166,7 +170,7 @@ class PyIndex:
             gone += dropped
         self._entries += share.recount()
         gone += self._drop_oldest(share, share.entries, limits.max_entries_per_source)
-        others = 0
+        others: list[tuple[Share, list[int]]] = []
         if self._entries > limits.max_entries:
             for name in (*self._least_trusted(), share.source):
                 victim = self._shares.get(name)
@@ -175,8 +179,8 @@ class PyIndex:
                 dropped = self._drop_oldest(victim, self._entries, limits.max_entries)
                 if victim is share:
                     gone += dropped
-                else:
-                    others += len(dropped)
+                elif dropped:
+                    others.append((victim, dropped))
                     self._forget(victim)
         return gone, others
 
@@ -191,7 +195,7 @@ class PyIndex:
     # Questions
 
     def match(
-        self, keyspace: Keyspace, keys: array[int], prompt_tokens: int, candidates: Collection[str] | None = None
+        self, keyspace: Keyspace, keys: Sequence[int], prompt_tokens: int, candidates: Collection[str] | None = None
     ) -> list[HolderMatch]:
         """See `Index.match`."""
         space = self._spaces.get(keyspace)
@@ -255,20 +259,38 @@ class PyIndex:
             for block_hash, copies in place.copies.items()
         }
 
-    def export(self, source: str) -> bytes:
-        """See `Index.export`."""
-        return snapshot.pack(self._shares[source])
+    # Records
 
-    def load(self, source: str, packed: bytes) -> None:
+    def hashes(self, source: str) -> array[int]:
+        """See `Index.hashes`."""
+        return packed_records.known(self._shares[source])
+
+    def records(self, source: str, hashes: Iterable[int]) -> list[bytes]:
+        """See `Index.records`."""
+        return packed_records.pack(self._shares[source], hashes)
+
+    def facts(self, source: str) -> bytes:
+        """See `Index.facts`."""
+        return source_facts.pack(self._shares[source])
+
+    def load(self, source: str, hashes: Sequence[int], records: Sequence[bytes]) -> None:
         """See `Index.load`."""
-        contents = snapshot.unpack(packed)
-        spec = self._shares[source].spec
-        self.attach(source, spec)
         share = self._shares[source]
-        snapshot.restore(share, contents, self._space)
+        Loader(share, self._sizes_of(share)).load(hashes, records)
         self._entries += share.recount()
+
+    def loaded(self, source: str, facts: bytes) -> None:
+        """See `Index.loaded`."""
+        share = self._shares[source]
+        sizes = self._sizes_of(share)
+        source_facts.learn(share, facts, sizes)
+        Loader(share, sizes).finish()
         self._shed(share)
         self._forget(share)
+
+    def _sizes_of(self, share: Share) -> Callable[[int], Space]:
+        """The keyspaces of a source's blocks, by their size."""
+        return lambda block_size: self._space(share.space.keyspace._replace(block_size=block_size))
 
 
 def _share_hashes(one: SourceSpec, other: SourceSpec) -> bool:

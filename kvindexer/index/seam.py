@@ -1,6 +1,6 @@
 """The narrow interface through which everybody uses the index.
 
-Calls are coarse, what goes in is bytes or packed integers, what comes out is small immutable data, so that a
+Calls are coarse, what goes in is bytes or plain integers, what comes out is small immutable data, so that a
 native engine can take the Python engine's place without an edit in `events/`, `api/` or `store/`.  One contract
 test-suite runs over every engine; the Python engine (`index.engine`) is the specification.
 
@@ -10,7 +10,7 @@ An engine is used from one thread and never blocks, waits or reads a clock.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -33,10 +33,12 @@ class Change(NamedTuple):
     uncertain: tuple[Tier, ...] = ()
     """Tiers of which that event leaves open whether the engine emptied them (kept, no longer sound)."""
     touched: array[int] = array("Q")
-    """Engine hashes whose records may differ from before, unsigned 64 bits, with repetitions: those of the events, of
-    entries dropped at a bound, and of orphans that got their key (also of sources that share the hashes)."""
+    """Engine hashes whose records of this source may differ from before, unsigned 64 bits, with repetitions: those of
+    the events, of entries, bindings and links that went at a bound, and of blocks whose key has turned up."""
     skipped: Mapping[str, int] = {}
     """Events or blocks that had no effect, by reason."""
+    touched_of: Mapping[str, array[int]] = {}
+    """The same of other sources: those that made room at a bound, and those that share hashes with this one."""
 
 
 class HolderMatch(msgspec.Struct, frozen=True, gc=False):
@@ -109,13 +111,13 @@ class Index(Protocol):
     def match(
         self,
         keyspace: Keyspace,
-        keys: array[int],
+        keys: Sequence[int],
         prompt_tokens: int,
         candidates: Collection[str] | None = None,
     ) -> list[HolderMatch]:
         """Longest held prefix of every rank that holds a first block, in no particular order.
 
-        `keys` are the block keys of the prompt's full blocks (`array("Q")`), `prompt_tokens` its length in
+        `keys` are the block keys of the prompt's full blocks, unsigned 64 bits; `prompt_tokens` is its length in
         tokens.  `candidates` restricts the answer to these instances.
         """
 
@@ -140,8 +142,29 @@ class Index(Protocol):
     def copies(self, source: str) -> dict[tuple[int, int, Tier, str | None, EngineHash], int]:
         """Every entry of a source: (rank, group, tier, ownership, engine hash) -> copies."""
 
-    def export(self, source: str) -> bytes:
-        """Everything needed to go on from here: copies, bindings, orphans; see `index.snapshot`."""
+    def hashes(self, source: str) -> array[int]:
+        """Every engine hash that has a record of this source, once, as `array("Q")`."""
 
-    def load(self, source: str, packed: bytes) -> None:
-        """Replace the source's share by an exported one.  Raises ValueError if it can't be read."""
+    def records(self, source: str, hashes: Iterable[int]) -> list[bytes]:
+        """What the index knows of each of these engine hashes by this source, packed as in `index.records`.
+
+        Empty bytes where there is nothing (any more).  Records are absolute and canonical: `Change` names those that
+        a batch may have changed; `attach`, `detach` and `withdraw` change records without naming them, of sources
+        that share hashes with this one too.
+        """
+
+    def facts(self, source: str) -> bytes:
+        """What events have said of the source beyond its blocks; equal states give equal bytes."""
+
+    def load(self, source: str, hashes: Sequence[int], records: Sequence[bytes]) -> None:
+        """Count records of another index into the source's share, in parts and in any order; `loaded` ends it.
+
+        The share is meant to be new or withdrawn.  Raises ValueError if a record is damaged: then nothing of this
+        part was counted.
+        """
+
+    def loaded(self, source: str, facts: bytes) -> None:
+        """All records are in: take the facts over and go back under the bounds.
+
+        Raises ValueError if the facts can't be read.
+        """

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvindexer.index.domain import Domain
 from kvindexer.index.space import Space
 from kvindexer.index.topology import Slot
 from kvindexer.tiering.groups import GroupRule
 from kvindexer.types import TIERS, SourceSpec, Tier
+
+MOST_PLACES: Final = 4096
+"""Places a source: each rank and group is a bit in every mask, so one that invents them would slow all others."""
 
 
 class PlaceName(NamedTuple):
@@ -54,6 +57,18 @@ class Place:
             for before in covered:
                 self.space.show(self.slot, self.name.tier, before)
 
+    def cover_more(self, domain: Domain) -> None:
+        """Show what the chunks that are held here cover by what the domain knows now."""
+        if self.span <= 1:
+            return
+        for block_hash in self.copies:
+            covered = self.covers.get(block_hash, ())
+            if block_hash in domain.bindings and len(covered) < self.span - 1:
+                more = tuple(_keys_before(block_hash, self.span - 1, domain))[len(covered) :]
+                self.covers[block_hash] = covered + more
+                for before in more:
+                    self.space.show(self.slot, self.name.tier, before)
+
     def hide(self, block_hash: int, key: int) -> None:
         """A bound hash is held here no more."""
         self.space.hide(self.slot, self.name.tier, key)
@@ -82,7 +97,7 @@ class Share:
         self.space = space
         """The keyspace it was registered for."""
         self.domain = Domain(space)
-        self.domain.members.append(self)
+        self.domain.join([self])
         if spec.offload_blocks_per_chunk > 1:
             self.domain.parents = {}
         self.places: dict[PlaceName, Place] = {}
@@ -100,6 +115,12 @@ class Share:
         if found is None:
             found = self.slots[name] = space.open_slot(self.source, self.spec, rank, group)
         return found
+
+    def has_room_for(self, name: PlaceName) -> bool:
+        """Whether the place exists or may be made; if not, what was meant for it is missing from now on."""
+        room = len(self.places) < MOST_PLACES or name in self.places
+        self.truncated = self.truncated or not room
+        return room
 
     def place(self, name: PlaceName, space: Space) -> Place:
         """The named place, made at its first use; `space` is the keyspace of its block size."""
@@ -177,7 +198,7 @@ class Share:
         if key is not None:
             place.hide(block_hash, key)
             domain.bury(block_hash)
-        elif not any(member.holds(block_hash) for member in domain.members):
+        elif not domain.holds(block_hash):
             domain.unbound.pop(block_hash, None)
 
     def empty(self, tiers: Collection[Tier], rank: int | None = None) -> list[int]:
@@ -249,6 +270,6 @@ class Share:
     def close(self) -> None:
         """Leave the index without a trace."""
         self.empty(TIERS)
-        self.domain.members.remove(self)
+        self.domain.leave(self)
         for slot in self.slots.values():
             slot.space.close_slot(slot)

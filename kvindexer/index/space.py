@@ -17,7 +17,7 @@ Invariant: for each slot, tier and key, the number of `show` minus `hide` calls 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from kvindexer.index.topology import Slot, Topology
@@ -111,6 +111,19 @@ class Space:
             aliases[key] = aliases.get(key, 0) + 1
             return
         holders[key] = self.intern(mask | slot.bit)
+
+    def show_all(self, slot: Slot, tier: Tier, keys: Iterable[int]) -> None:
+        """`show` for many blocks: neighbours mostly have the same holder set, which is looked up once."""
+        holders, aliases, bit = self.tiers[tier], slot.aliases[tier], slot.bit
+        before = after = -1
+        for key in keys:
+            mask = holders.get(key, 0)
+            if mask & bit:
+                aliases[key] = aliases.get(key, 0) + 1
+                continue
+            if mask is not before:
+                before, after = mask, self.intern(mask | bit)
+            holders[key] = after
 
     def hide(self, slot: Slot, tier: Tier, key: int) -> None:
         """One less; the last one takes the slot out of the block's holder set."""

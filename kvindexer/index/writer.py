@@ -10,8 +10,7 @@ Invariant: an event that can't be used has no effect at all, and is counted by i
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
 
 from kvindexer.events.wire import NO_MEDIUM, AllBlocksCleared, BlockRemoved, BlockStored
 from kvindexer.index.seam import Change
@@ -23,9 +22,6 @@ from kvindexer.tiering.media import MediaTable, tier_named
 from kvindexer.tokenization.blocks import chain_keys, local_hashes, pack_tokens
 from kvindexer.tokenization.extras import event_extras, lora_extras
 from kvindexer.types import TIERS, Keyspace, SourceSpec, Tier
-
-_MOST_PLACES: Final = 4096
-"""Places a source: each rank and group is a bit in every mask, so one that invents them would slow all others."""
 
 _BELOW_GPU = tuple(tier for tier in TIERS if tier is not Tier.GPU)
 
@@ -58,8 +54,7 @@ class BatchWriter:
         chunked = tier is not Tier.GPU and spec.offload_blocks_per_chunk > 1
         block_size = spec.block_size if chunked or not event.block_size else event.block_size
         name = PlaceName(self.rank, event.group, tier, event.ownership, block_size)
-        if len(share.places) >= _MOST_PLACES and name not in share.places:
-            share.truncated = True
+        if not share.has_room_for(name):
             self.skip("over_bound", len(event.hashes))
             return
         space = share.space
@@ -133,10 +128,17 @@ class BatchWriter:
         """Count something that had no effect, or (0) not the effect that the event asked for."""
         self._skipped[reason] = self._skipped.get(reason, 0) + (count or 1)
 
-    def change(self) -> Change:
-        """The whole, as the caller sees it."""
+    def change(self, touched_of: Mapping[str, array[int]]) -> Change:
+        """The whole, as the caller sees it; `touched_of`: what has changed for other sources."""
         return Change(
-            self.stored, self.removed, self.events, self.cleared, self.uncertain, self.touched, self._skipped
+            self.stored,
+            self.removed,
+            self.events,
+            self.cleared,
+            self.uncertain,
+            self.touched,
+            self._skipped,
+            touched_of,
         )
 
 
@@ -147,9 +149,7 @@ def _bind(share: Share, event: BlockStored, space: Space) -> None:
     hashes, parent = event.hashes, event.parent
     locals_ = local_hashes(pack_tokens(event.tokens), event.block_size, _extras(event, share.spec))
     del locals_[len(hashes) :]
-    if domain.parents is not None:  # before anything is bound: a chunk that waits for it shows what it covers
-        before = [parent, *hashes[:-1]]
-        domain.parents |= {h: p for h, p in zip(hashes, before, strict=True) if p is not None}
+    domain.follow(hashes, parent)  # before anything is bound: a chunk that waits for it shows what it covers
     parent_key = None if parent is None else bindings.get(parent)
     if parent is not None and parent_key is None:
         for block_hash, local in zip(hashes, locals_, strict=True):
