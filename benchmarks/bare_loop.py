@@ -12,7 +12,6 @@ import argparse
 import gc
 import os
 import time
-from array import array
 from typing import TYPE_CHECKING
 
 from benchmarks import messages
@@ -64,7 +63,7 @@ def fill(index: PyIndex, sent: list[Message]) -> None:
 def match(index: PyIndex, queries: list[Query], workload: Workload, times: int) -> tuple[float, float]:
     """CPU seconds of chaining and of matching; every answer is checked."""
     space = Keyspace("default", MODEL, "", BLOCK_SIZE)
-    asked = [(query, array("Q", local_hashes(workload.blocks, query.blocks))) for query in queries]
+    asked = [(query, local_hashes(workload.blocks, query.blocks)) for query in queries]
     chaining = timed(lambda: [keys.keys_from_locals(locals_) for _, locals_ in asked for _ in range(times)])
     chained = [(query, keys.keys_from_locals(locals_)) for query, locals_ in asked]
     for query, prompt in chained:

@@ -11,7 +11,6 @@ maps of vLLM's wire before they are packed; hashes are unsigned integers.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -44,7 +43,7 @@ class Prompt(NamedTuple):
             for at in range(0, len(self.tokens) - size + 1, size)
         )
 
-    def keys(self, size: int) -> array[int]:
+    def keys(self, size: int) -> list[int]:
         """What the real index is asked with."""
         extras = prompt_extras(len(self.tokens) // size, size, lora=self.lora, cache_salt=self.salt)
         return prompt_keys(pack_tokens(self.tokens), size, extras)

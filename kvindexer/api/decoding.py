@@ -7,8 +7,7 @@ not looked at: curl's default is fine.
 from __future__ import annotations
 
 import re
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 import msgspec
@@ -57,21 +56,16 @@ def check_size(body: bytes, *limits: int) -> None:
             raise TooLargeError("values in the body", values, most, "max_prompt_tokens or max_candidates")
 
 
-def unsigned(values: Sequence[int], name: str) -> array[int]:
+def unsigned(values: list[int], name: str) -> list[int]:
     """Hashes as unsigned 64-bit integers; negative ones are read as two's complement.  Raises RequestError."""
-    try:
-        return array("Q", values)
-    except OverflowError:
-        pass  # some are negative, or too large
-    try:
-        return array("Q", array("q", values).tobytes())
-    except OverflowError:
-        pass  # some are negative and some above 2**63, or too large
-    if any(not -(2**63) <= value < 2**64 for value in values):
+    lowest, highest = min(values, default=0), max(values, default=0)
+    if lowest >= 0 and highest < 2**64:
+        return values
+    if lowest < -(2**63) or highest >= 2**64:
         raise RequestError(
             "invalid_request", f"{name}: a value has more than 64 bits", "hashes are 64-bit integers", status=422
         )
-    return array("Q", [value & (2**64 - 1) for value in values])
+    return [value & (2**64 - 1) for value in values]
 
 
 def _misshapen(detail: str, fields: str) -> RequestError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from kvindexer.tokenization.extras import MultimodalItem, prompt_extras
 class Prompt(Protocol):
     """What can be looked up in a keyspace."""
 
-    def keys(self, block_size: int) -> array[int]:
+    def keys(self, block_size: int) -> list[int]:
         """Block keys of the full blocks."""
 
     def tokens(self, block_size: int) -> int:
@@ -41,7 +40,7 @@ class TokenPrompt:
         self._cache_salt = cache_salt or None
         self._multimodal = multimodal
 
-    def keys(self, block_size: int) -> array[int]:
+    def keys(self, block_size: int) -> list[int]:
         """See `Prompt.keys`."""
         extras = None
         if self._lora or self._cache_salt or self._multimodal:
@@ -66,11 +65,11 @@ class TokenPrompt:
 class KeyPrompt:
     """A prompt of which only the keys are known: its length is given, or it goes on behind the last key."""
 
-    def __init__(self, keys: array[int], tokens: int | None = None) -> None:
+    def __init__(self, keys: list[int], tokens: int | None = None) -> None:
         self._keys = keys
         self._tokens = tokens
 
-    def keys(self, block_size: int) -> array[int]:  # noqa: ARG002 - the caller made them for one size
+    def keys(self, block_size: int) -> list[int]:  # noqa: ARG002 - the caller made them for one size
         """See `Prompt.keys`."""
         return self._keys
 

@@ -87,8 +87,7 @@ class QueryRoutes:
             raise TooLargeError(
                 "prompt in tokens", len(hashes) * block_size, self._max_prompt_tokens, "max_prompt_tokens"
             )
-        keys = unsigned(hashes, name)
-        return KeyPrompt(keys_from_locals(keys) if name == "block_hashes" else keys)
+        return KeyPrompt(_chained(hashes, name) if name == "block_hashes" else unsigned(hashes, name))
 
     def _keyspaces(self, query: Scope) -> list[Keyspace]:
         if query.lora_id and query.lora_id > 0 and not query.lora_name:
@@ -115,6 +114,13 @@ class QueryRoutes:
         if query.model is None and query.modelname is None:
             return _encode(_dynamo(found))
         return _encode({one_of(query, "tenant_id", "routing_group") or DEFAULT_TENANT: _mooncake(found)})
+
+
+def _chained(hashes: list[int], name: str) -> list[int]:
+    try:
+        return keys_from_locals(hashes)
+    except OverflowError:  # a mixture of signed and unsigned ones, or too large
+        return keys_from_locals(unsigned(hashes, name))
 
 
 def _mooncake(found: Iterable[Found]) -> dict[str, MooncakeFigures]:

@@ -9,7 +9,6 @@ The keys are grouped into segments of equal masks once; everything after works o
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Final, NamedTuple
@@ -39,7 +38,7 @@ class Segment(NamedTuple):
 
 
 def match(
-    space: Space, keys: array[int], prompt_tokens: int, holders: Sequence[Holder], wanted: int
+    space: Space, keys: Sequence[int], prompt_tokens: int, holders: Sequence[Holder], wanted: int
 ) -> list[HolderMatch]:
     """What each of these holders has of the prompt; those without a first block are left out.
 
@@ -57,7 +56,7 @@ def match(
     return [found for found in matches if found is not None]
 
 
-def _match_gpu(space: Space, keys: array[int], wanted: int, cap: int) -> list[HolderMatch]:
+def _match_gpu(space: Space, keys: Sequence[int], wanted: int, cap: int) -> list[HolderMatch]:
     """The walk where only GPUs hold blocks and every holder is one slot: a bit that drops out is an answer.
 
     It says what the general walk says (the tests compare them); most fleets and most queries are like this.
@@ -93,7 +92,7 @@ def _match_gpu(space: Space, keys: array[int], wanted: int, cap: int) -> list[Ho
     return found
 
 
-def _segments(space: Space, keys: array[int], tiers: Sequence[Tier], wanted: int) -> list[Segment]:
+def _segments(space: Space, keys: Sequence[int], tiers: Sequence[Tier], wanted: int) -> list[Segment]:
     """Runs of equal masks, up to where no wanted holder has an unbroken prefix."""
     topology = space.topology
     columns = [map(space.tiers[tier].get, keys, repeat(0)) for tier in tiers]

@@ -14,10 +14,10 @@ before, up to collisions of 64 bits.
 
 from __future__ import annotations
 
+import struct
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from struct import Struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from xxhash import xxh3_64_intdigest
@@ -25,7 +25,8 @@ from xxhash import xxh3_64_intdigest
 SEED: Final = 1337
 TOKEN_BYTES: Final = 4
 
-_pack_link = Struct("<QQ").pack
+_pack_link: Final = struct.Struct("<QQ").pack
+_pack_signed_link: Final = struct.Struct("<Qq").pack
 _BIG_ENDIAN: Final = sys.byteorder == "big"
 
 
@@ -46,29 +47,21 @@ def local_hashes(tokens: bytes, block_size: int, extras: Mapping[int, bytes] | N
     `tokens` are packed (`pack_tokens`), `extras` maps a block's number to its encoded extras.
     """
     width = block_size * TOKEN_BYTES
-    ends = range(width, len(tokens) + 1, width)
+    if not width:
+        raise ValueError("block_size must not be zero")
+    blocks = struct.iter_unpack(f"{width}s", tokens[: len(tokens) // width * width])
     if not extras:
-        return [xxh3_64_intdigest(tokens[end - width : end], SEED) for end in ends]
-    return [
-        xxh3_64_intdigest(tokens[end - width : end] + extras.get(block, b""), SEED) for block, end in enumerate(ends)
-    ]
+        return [xxh3_64_intdigest(block, SEED) for (block,) in blocks]
+    return [xxh3_64_intdigest(block + extras.get(number, b""), SEED) for number, (block,) in enumerate(blocks)]
 
 
 def chain_keys(parent: int | None, locals_: Sequence[int]) -> list[int]:
     """Block keys of consecutive blocks, given their local hashes and the key of the block before them."""
     if not locals_:
         return []
-    keys = []
     if parent is None:
-        key = locals_[0]
-        keys.append(key)
-        locals_ = locals_[1:]
-    else:
-        key = parent
-    for local in locals_:
-        key = xxh3_64_intdigest(_pack_link(key, local), SEED)
-        keys.append(key)
-    return keys
+        return [locals_[0], *_links(locals_[0], locals_[1:], _pack_link)]
+    return _links(parent, locals_, _pack_link)
 
 
 def link(parent: int, local: int) -> int:
@@ -76,14 +69,30 @@ def link(parent: int, local: int) -> int:
     return xxh3_64_intdigest(_pack_link(parent, local), SEED)
 
 
-def prompt_keys(tokens: bytes, block_size: int, extras: Mapping[int, bytes] | None = None) -> array[int]:
-    """Block keys of all full blocks of a prompt, as `array("Q")`; `tokens` are packed."""
-    return array("Q", chain_keys(None, local_hashes(tokens, block_size, extras)))
+def prompt_keys(tokens: bytes, block_size: int, extras: Mapping[int, bytes] | None = None) -> list[int]:
+    """Block keys of all full blocks of a prompt; `tokens` are packed."""
+    return chain_keys(None, local_hashes(tokens, block_size, extras))
 
 
-def keys_from_locals(locals_: array[int]) -> array[int]:
-    """Block keys of a prompt whose local hashes the caller has (Dynamo's `block_hashes`), as `array("Q")`."""
-    return array("Q", chain_keys(None, locals_))
+def keys_from_locals(locals_: Sequence[int]) -> list[int]:
+    """Block keys of a prompt whose local hashes the caller has (Dynamo's `block_hashes`).
+
+    All of them are unsigned, or all of them signed 64-bit integers: raises OverflowError otherwise.
+    """
+    if not locals_:
+        return []
+    for pack in (_pack_link, _pack_signed_link):
+        try:
+            first = int.from_bytes(pack(0, locals_[0])[8:], "little")
+            return [first, *_links(first, locals_[1:], pack)]
+        except struct.error:
+            pass
+    raise OverflowError
+
+
+def _links(key: int, locals_: Sequence[int], pack: Callable[[int, int], bytes]) -> list[int]:
+    """The keys of blocks that follow the block with this key."""
+    return [key := xxh3_64_intdigest(pack(key, local), SEED) for local in locals_]
 
 
 __all__ = [
