@@ -16,6 +16,7 @@ engine hash) are what the engine holds.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
