@@ -2,7 +2,8 @@
 
     settings ─► LiveFleet ─┬─► Registry      which sources exist
                            ├─► Subscriber    their sockets ─► Stream machines ─► ordered payloads
-                           └─► index         payloads ─► who holds what
+                           ├─► index         payloads ─► who holds what
+                           └─► Keeper        a copy of all that in Redis, if there is one
                 api.app ──────► index        questions ─► answers
 
 Everything runs on one event loop in one thread: ingest in bounded slices, queries between them.  So no answer ever
@@ -30,9 +31,15 @@ from kvindexer.api.app import create_app
 from kvindexer.api.metrics import Metrics
 from kvindexer.errors import KvIndexerError
 from kvindexer.events.fleet import LeastTrusted, LiveFleet
+from kvindexer.events.keeping import Keeper, Nobody
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import Index, IndexLimits
 from kvindexer.settings import Settings
+from kvindexer.store.connect import open_client
+from kvindexer.store.keeper import RedisKeeper
+from kvindexer.store.layout import Names
+from kvindexer.store.replica import replica_name
+from kvindexer.store.server import ShardServer
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +62,14 @@ def open_index(settings: Settings, least_trusted: LeastTrusted) -> Index:
     return PyIndex(limits, settings.media, least_trusted)
 
 
+def open_keeper(settings: Settings) -> Keeper:
+    """Who keeps a copy of the index; the one place where one is chosen."""
+    if settings.store.kind == "memory":
+        return Nobody()
+    server = ShardServer(open_client(settings), Names(settings.store_namespace), settings.store_timeout_s)
+    return RedisKeeper(settings, server, replica_name(settings))
+
+
 class _Server(uvicorn.Server):
     """Uvicorn, with signals left to us: a stop by signal is a normal end."""
 
@@ -73,7 +88,7 @@ class _Server(uvicorn.Server):
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     metrics = Metrics()
-    fleet = LiveFleet(settings, partial(open_index, settings), metrics)
+    fleet = LiveFleet(settings, partial(open_index, settings), metrics, open_keeper(settings))
     metrics.watch(fleet)
     app = create_app(settings, fleet.index, fleet, metrics)
     config = uvicorn.Config(

@@ -180,6 +180,11 @@ class Stream:
 
     # Inputs
 
+    def warming(self) -> None:
+        """Blocks of some checkpoint are being loaded: nothing that is held is certain before `resume` and a proof."""
+        self._disconnected_since_last = True
+        self.why = "being warmed"
+
     def resume(self, epoch: Epoch, next_seq: int, digest: bytes, birth: bytes, coverage: tuple[int, int]) -> None:
         """Go on behind a checkpoint whose blocks are in the index; call before `start`.
 

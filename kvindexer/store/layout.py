@@ -17,11 +17,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Final, NamedTuple
 
 from xxhash import xxh3_64_hexdigest
 
+from kvindexer.errors import SettingsError
+from kvindexer.source_settings import source_of
 from kvindexer.types import SourceSpec
 
 LAYOUT: Final = 1
@@ -120,6 +122,10 @@ class Names:
         """The meta hash of a shard."""
         return f"{{{self.namespace}:{tag}}}:meta"
 
+    def hold(self, tag: str) -> str:
+        """While it exists, nobody writes the shard: somebody reads all of it."""
+        return f"{{{self.namespace}:{tag}}}:hold"
+
     def bucket(self, tag: str, generation: str, bucket: int) -> str:
         """One bucket of a shard."""
         return f"{{{self.namespace}:{tag}}}:{generation}:{bucket}"
@@ -128,7 +134,7 @@ class Names:
 def shard_tag(source: str, spec: SourceSpec) -> str:
     """The shard of a source: 16 hexadecimal digits of its identity and of all that its blocks' meaning depends on."""
     meaning = [source, *(getattr(spec, name) for name in _MEANING)]
-    return xxh3_64_hexdigest(json.dumps(meaning, ensure_ascii=True))
+    return xxh3_64_hexdigest(json.dumps(meaning).encode())
 
 
 def pack_spec(spec: SourceSpec) -> bytes:
@@ -138,12 +144,13 @@ def pack_spec(spec: SourceSpec) -> bytes:
 
 
 def unpack_spec(packed: bytes) -> SourceSpec:
-    """Raise UnreadableError unless it is a registration; fields that are not known are ignored."""
-    known = {field.name for field in fields(SourceSpec)}
+    """Raise UnreadableError unless it is a registration that we can follow."""
     try:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(packed).items() if k in known}
-        return SourceSpec(**values)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        values = json.loads(packed)
+        if not isinstance(values, dict):
+            raise UnreadableError("a registration is a JSON object")
+        return source_of(values, "source")
+    except (ValueError, RecursionError, SettingsError) as error:
         raise UnreadableError(f"not a registration: {error}") from None
 
 

@@ -11,7 +11,7 @@ nothing wrong they compare: whose life of the engine is it, who has seen more of
     our epoch, better covered than ours               Load it; if nobody writes it any more: Rewrite it as it is here
     the epoch that we have seen end                   Rewrite as the next epoch
     a later epoch, its last message is on our stream  adopt the epoch, then as above
-    a later epoch, and not our life                   Wait for proof from the engine, then Rewrite as the epoch after it
+    a later epoch, and not our life                   Wait for the engine's proof, then Rewrite as the next epoch
     an earlier epoch than ours                        Rewrite: Redis has lost writes
 
 A life is told by its first message where both sides have seen it, otherwise by the last message that Redis has.
@@ -38,6 +38,8 @@ EAGER_RECORDS: Final = 2_048
 _STAGNANT_TURNS: Final = 5
 """Take-over times without any progress after which nobody seems to write a shard any more."""
 _LOAD_PAUSE_S: Final = 60.0
+_PROOF_S: Final = 1.0
+"""Longer than an engine's answer is under way: a proof that comes later was given later than what it is about."""
 _MESSAGE_BYTES: Final = 256
 """About what the journal keeps of a message beside its hashes."""
 
@@ -107,6 +109,13 @@ class _Kin:
     UNKNOWN = "unknown"
 
 
+_DOUBTS: Final = {
+    _Kin.AHEAD: "Redis is ahead",
+    _Kin.OTHER: "Redis has another life; the engine must say which is over",
+    _Kin.UNKNOWN: "it is not known whether Redis has the same life",
+}
+
+
 class _Batch(NamedTuple):
     digest: bytes
     touched: array[int]
@@ -147,6 +156,8 @@ class Shard:
         self.remote: Found | None = None
         self._remote_since = 0.0
         self._loaded_at: float | None = None
+        self.divergent = False
+        """Redis was found to hold something else than memory at the same checkpoint."""
         self.turn = 0
         """How many replicas come before us in writing this shard."""
 
@@ -188,6 +199,10 @@ class Shard:
         self.base, self._base_digest = checkpoint.next, checkpoint.digest
         self._loaded_at = now
 
+    def load_tried(self, now: float) -> None:
+        """A load was decided on: the next one has to wait, whatever comes of this one."""
+        self._loaded_at = now
+
     def _start_over(self) -> None:
         self._journal.clear()
         self._amended.clear()
@@ -213,14 +228,14 @@ class Shard:
         self.remote = Found(meta, None)
         self._remote_since = now
         self._trouble_at = None
+        self.divergent = False
         self._trim(meta.checkpoint.next, now)
 
     def _trim(self, upto: int, now: float) -> None:
         """What is in Redis needs no journal any more."""
         while self._journal and next(iter(self._journal)) <= upto:
             self._forget_oldest()
-        if upto > self.base:
-            self.base = upto
+        self.base = max(self.base, upto)
         self._dirty_at = now if self._journal or self._amended else None
 
     def _forget_oldest(self) -> None:
@@ -251,7 +266,7 @@ class Shard:
         return array("Q", hashes)
 
     def take_amendments(self) -> set[int]:
-        """Records that changed without a message of this source: written by the caller, or handed back by `amended`."""
+        """Records that changed without a message of this source: for the caller to write, or to hand back."""
         taken, self._amended = self._amended, set()
         return taken
 
@@ -277,44 +292,40 @@ class Shard:
         if self.epoch is None and theirs.epoch <= self._over:
             return self._rewrite(theirs.epoch, self._over + 1, "a new life", now)
         kin = self._kin(theirs)
-        if kin is _Kin.AHEAD and not self._up_to_date:
-            return Wait("Redis is ahead")
         if kin is _Kin.SAME or (kin is _Kin.UNKNOWN and self.epoch == theirs.epoch):
             if self.epoch != theirs.epoch:
                 self.epoch = theirs.epoch
                 self._trim(theirs.next, now)
             return self._go_on(meta, now)
-        if kin is _Kin.UNKNOWN and not self._stagnant(now):
-            return Wait("it is not known whether Redis has the same life")
-        if kin is not _Kin.UNKNOWN and not (self._up_to_date or self._stagnant(now)):
-            return Wait("Redis has another life; the engine must say which is over")
+        proven = self._up_to_date and kin is not _Kin.UNKNOWN
+        if not proven and (kin is _Kin.AHEAD or not self._stagnant(now)):
+            return Wait(_DOUBTS[kin])
         return self._rewrite(theirs.epoch, theirs.epoch + 1, "Redis has a life that is over", now)
 
     def _go_on(self, meta: Meta, now: float) -> Step:
-        """The same life: who has more of it?"""
-        theirs, upto = meta.checkpoint, self._local.next_seq
-        mine = self._coverage()
+        """The same life: whoever has more of it goes first."""
+        theirs, mine = meta.checkpoint, self._coverage()
         if theirs.coverage.better_than(mine):
             return self._behind_better(theirs, mine, now)
-        if upto < theirs.next:
-            return Wait("Redis is ahead")
-        if mine.better_than(theirs.coverage):
-            return self._rewrite(theirs.epoch, theirs.epoch, "less is known in Redis than here", now)
-        if overfull(meta.entries, meta.buckets):
-            return self._rewrite(theirs.epoch, theirs.epoch, "more buckets are needed", now)
-        if upto == theirs.next and not self._amended:
+        if self._local.next_seq < theirs.next:
+            return Wait(_DOUBTS[_Kin.AHEAD])
+        due = self._due(now)
+        for condition, why in (
+            (mine.better_than(theirs.coverage), "less is known in Redis than here"),
+            (self.divergent, "Redis differs from memory"),
+            (overfull(meta.entries, meta.buckets), "more buckets are needed"),
+            (theirs.next < self.base, "Redis is too far behind"),
+            (due and self.pending_records > MAX_FLUSH_RECORDS, "much has changed"),
+        ):
+            if condition:
+                return self._rewrite(theirs.epoch, theirs.epoch, why, now)
+        if self._local.next_seq == theirs.next and not self._amended:
             self._trouble_at = None
             return Wait("in step")
-        if theirs.next < self.base:
-            return self._rewrite(theirs.epoch, theirs.epoch, "Redis is too far behind", now)
-        if not self._due(now):
-            return Wait("more may come")
-        if self.pending_records > MAX_FLUSH_RECORDS:
-            return self._rewrite(theirs.epoch, theirs.epoch, "much has changed", now)
-        return Flush(theirs.next, self.changed_since(theirs.next))
+        return Flush(theirs.next, self.changed_since(theirs.next)) if due else Wait("more may come")
 
     def _behind_better(self, theirs: Checkpoint, mine: Coverage, now: float) -> Step:
-        """Redis has more of the truth than we: take it over, as long as somebody keeps it up or we can go on from it."""
+        """Redis has more of the truth than we: take it over, if somebody keeps it up or we can go on from it."""
         rested = self._loaded_at is None or now - self._loaded_at >= _LOAD_PAUSE_S
         reachable = mine.level > 0 and theirs.next >= mine.first
         if rested and (reachable or (mine.level == 0 and not self._stagnant(now))):
@@ -335,8 +346,8 @@ class Shard:
 
     @property
     def _up_to_date(self) -> bool:
-        """Whether the engine has proven our life since Redis came to hold what it holds: then it has nothing newer."""
-        return self._local.verified_at is not None and self._local.verified_at > self._remote_since
+        """Whether the engine has proven our life since Redis holds what it holds: then it has nothing newer."""
+        return self._local.verified_at is not None and self._local.verified_at > self._remote_since + _PROOF_S
 
     def _stagnant(self, now: float) -> bool:
         """Whether nobody has written the shard for long."""

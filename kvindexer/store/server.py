@@ -1,0 +1,237 @@
+"""The calls on Redis that replicas and readers make: one method each, bounded in time, with our errors.
+
+Every method raises StoreError and nothing else; what a script refuses is an answer (`Refusal`), not an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from enum import StrEnum
+from typing import Final, NamedTuple, cast
+
+from kvindexer.errors import StoreError
+from kvindexer.store import scripts
+from kvindexer.store.connect import MAX_CONNECTIONS, Client
+from kvindexer.store.failures import HINTS, asking
+from kvindexer.store.layout import (
+    LAYOUT,
+    Checkpoint,
+    Found,
+    Leftover,
+    Meta,
+    Names,
+    UnreadableError,
+    read_meta,
+)
+
+_READ_BUCKETS: Final = 32
+"""Buckets a round trip: some 2,000 records, which are loaded in a few milliseconds."""
+_SWEEP_BUCKETS: Final = 512
+_METAS: Final = 256
+_STEPS: Final = 3
+"""Timeouts that one call may take: a new connection needs several answers."""
+_HOLD_MS: Final = 5_000
+_REMEMBER_REMOVED_S: Final = 86_400
+
+
+class Refusal(StrEnum):
+    """Why a script has written nothing."""
+
+    LAYOUT = "layout"  # another program's, or a newer one's
+    REMOVED = "removed"  # unregistered
+    ABSENT = "absent"  # flushed away
+    EPOCH = "epoch"  # another life
+    BEHIND = "behind"  # older than the flush begins
+    AHEAD = "ahead"  # somebody else was faster
+    COVERAGE = "coverage"  # somebody knows more
+    LOST = "lost"  # what was staged is gone
+    HELD = "held"  # somebody reads all of it just now
+    IN_USE = "in_use"
+    NEWER = "newer"  # registered again
+
+
+class Beat(NamedTuple):
+    """What comes back with a sign of life."""
+
+    server_s: int
+    version: bytes
+    """Of the directory of sources; another one: it has changed."""
+    replicas: tuple[str, ...]
+
+
+class Author(NamedTuple):
+    """Who writes a shard, and of what source."""
+
+    writer: str
+    source: str
+    spec: bytes
+    registration: int
+
+
+class ShardServer:
+    """Shards and the directory of one deployment, on one Redis or cluster."""
+
+    def __init__(self, client: Client, names: Names, timeout_s: float) -> None:
+        self.names = names
+        self._client = client
+        self._budget_s = _STEPS * timeout_s
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS - 1)
+
+    async def close(self) -> None:
+        """Hang up."""
+        await self._client.aclose()
+
+    # Shards
+
+    async def read(self, tags: Sequence[str]) -> list[Found | UnreadableError]:
+        """The meta hashes of these shards; an error in the place of one that can't be understood."""
+        found: list[Found | UnreadableError] = []
+        for start in range(0, len(tags), _METAS):
+            keys = [self.names.meta(tag) for tag in tags[start : start + _METAS]]
+            for answer in await self._hashes(keys):
+                try:
+                    found.append(read_meta(answer) if isinstance(answer, Mapping) else _foreign(answer))
+                except UnreadableError as error:
+                    found.append(error)
+        return found
+
+    async def buckets(self, tag: str, meta: Meta) -> AsyncIterator[tuple[range, list[int], list[bytes]]]:
+        """All records of a shard: numbers of buckets, hashes and their records, some 2,000 at a time.
+
+        They are of one moment only if the meta hash is the same before and after.
+        """
+        for start in range(0, meta.buckets, _READ_BUCKETS):
+            numbers = range(start, min(start + _READ_BUCKETS, meta.buckets))
+            hashes: list[int] = []
+            records: list[bytes] = []
+            for answer in await self._hashes([self.names.bucket(tag, meta.generation, n) for n in numbers]):
+                if not isinstance(answer, Mapping):
+                    raise StoreError("wrong_type", str(answer), HINTS["wrong_type"])
+                hashes += [int.from_bytes(field, "little") for field in answer]
+                records += answer.values()
+            yield numbers, hashes, records
+
+    async def records(self, tag: str, meta: Meta, hashes: Sequence[int]) -> list[bytes | None]:
+        """The records of these hashes."""
+        asked = [(self.names.bucket(tag, meta.generation, h & (meta.buckets - 1)), h) for h in hashes]
+        async with self._slots, asking(self._budget_s):
+            pipeline = self._client.pipeline(transaction=False)
+            for key, block_hash in asked:
+                pipeline.hget(key, cast("str", block_hash.to_bytes(8, "little")))
+            return cast("list[bytes | None]", await pipeline.execute())
+
+    async def flush(
+        self, tag: str, author: Author, *, base: int, upto: Checkpoint, facts: bytes, packed: bytes
+    ) -> int | Refusal:
+        """Bring a shard from `base`, or anything between, to the checkpoint; returns its entries."""
+        level, first = upto.coverage
+        return await self._write(
+            scripts.FLUSH, tag, author.registration, upto.epoch, base, upto.next, upto.digest, level, first, facts,
+            author.writer, packed,
+        )  # fmt: skip
+
+    async def stage(
+        self, tag: str, author: Author, generation: str, buckets: int, packed: bytes, *, begin: bool
+    ) -> int | Refusal:
+        """Add records to a generation that is not the content yet."""
+        return await self._write(
+            scripts.STAGE, tag, author.registration, generation, buckets, "1" if begin else "0", packed
+        )
+
+    async def switch(
+        self,
+        tag: str,
+        author: Author,
+        *,
+        generation: str,
+        expected: int | None,
+        upto: Checkpoint,
+        facts: bytes,
+        packed: bytes,
+        accept_less: bool,
+    ) -> int | Refusal:
+        """Make a staged generation the content, if the epoch is still the expected one; returns its entries."""
+        level, first = upto.coverage
+        return await self._write(
+            scripts.SWITCH, tag, author.registration, generation, "" if expected is None else expected, upto.epoch,
+            upto.next, upto.digest, upto.birth, level, first, facts, author.writer, author.source, author.spec,
+            "1" if accept_less else "0", packed,
+        )  # fmt: skip
+
+    async def sweep(self, tag: str, leftover: Leftover) -> None:
+        """Give back the buckets of a generation that is no content, in pieces that block nobody."""
+        for start in range(0, leftover.buckets, _SWEEP_BUCKETS):
+            behind = min(start + _SWEEP_BUCKETS, leftover.buckets)
+            last = "1" if behind == leftover.buckets else "0"
+            await self._script(scripts.SWEEP, [self.names.meta(tag)], leftover.generation, start, behind, last)
+
+    async def remove(self, tag: str, registration: int) -> Refusal | None:
+        """End a shard: its source was unregistered.  What it held is swept by the caller."""
+        answer = await self._script(scripts.REMOVE, [self.names.meta(tag)], LAYOUT, registration, _REMEMBER_REMOVED_S)
+        word = _words(answer)[0]
+        return None if word == b"ok" else Refusal(word.decode())
+
+    async def hold(self, tag: str) -> None:
+        """Ask writers of a shard to wait, for a few seconds at most: somebody reads all of it."""
+        async with self._slots, asking(self._budget_s):
+            await self._client.set(self.names.hold(tag), b"1", px=_HOLD_MS)
+
+    async def release(self, tag: str) -> None:
+        """Let writers go on."""
+        async with self._slots, asking(self._budget_s):
+            await self._client.delete(self.names.hold(tag))
+
+    # All of the deployment
+
+    async def beat(self, replica: str, forget_after_s: int) -> Beat:
+        """Say that we are alive; learn who else is, and whether the directory has changed."""
+        answer = await self._script(scripts.BEAT, [self.names.replicas, self.names.sources], replica, forget_after_s)
+        server_s, version, *replicas = _words(answer)
+        return Beat(int(server_s), version, tuple(name.decode(errors="replace") for name in replicas))
+
+    async def lines(self) -> Mapping[bytes, bytes]:
+        """The directory of sources, line by line."""
+        (answer,) = await self._hashes([self.names.sources])
+        if isinstance(answer, Mapping):
+            return answer
+        raise StoreError("wrong_type", str(answer), HINTS["wrong_type"])
+
+    async def register(self, source: str, kind: str, spec: bytes, generation: int | None) -> int:
+        """Write a line of the directory; returns the generation of what stands there now."""
+        known = "" if generation is None else generation
+        answer = await self._script(scripts.REGISTER, [self.names.sources], source, kind, spec, known)
+        return int(cast("bytes", answer))
+
+    async def _hashes(self, keys: Sequence[str]) -> list[Mapping[bytes, bytes] | BaseException]:
+        async with self._slots, asking(self._budget_s):
+            pipeline = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipeline.hgetall(key)
+            answers = await pipeline.execute(raise_on_error=False)
+        for answer in answers:
+            if isinstance(answer, Exception) and "WRONGTYPE" not in str(answer):
+                async with asking(self._budget_s):
+                    raise answer
+        return cast("list[Mapping[bytes, bytes] | BaseException]", answers)
+
+    async def _write(
+        self, script: scripts.Script, tag: str, registration: int, *arguments: bytes | str | int
+    ) -> int | Refusal:
+        answer = _words(await self._script(script, [self.names.meta(tag)], LAYOUT, registration, *arguments))
+        if answer[0] == b"ok":
+            return int(answer[1]) if len(answer) > 1 else 0
+        return Refusal(answer[0].decode())
+
+    async def _script(self, script: scripts.Script, keys: list[str], *arguments: bytes | str | int) -> object:
+        async with self._slots, asking(self._budget_s):
+            return await scripts.call(self._client, script, keys, *arguments)
+
+
+def _words(answer: object) -> list[bytes]:
+    words = answer if isinstance(answer, list) else []
+    return [b"%d" % word if isinstance(word, int) else word for word in words] or [b""]
+
+
+def _foreign(error: BaseException) -> Found:
+    raise UnreadableError(f"it is no hash ({error})")

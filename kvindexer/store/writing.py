@@ -1,0 +1,219 @@
+"""Carrying out what a shard decides: flush, rewrite, load.
+
+The index is read and its checkpoint taken without an await between them, so what is written as (epoch, next) is what
+was held there.  A shard that is written anew is staged in pieces beside the old content; what changes meanwhile
+is collected, and goes in with the last piece, which puts the new content in place of the old.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from kvindexer.errors import StoreError
+from kvindexer.index.seam import Index
+from kvindexer.store.kept import KeptSource
+from kvindexer.store.layout import (
+    MAX_RECORD_BYTES,
+    Coverage,
+    Leftover,
+    Meta,
+    UnreadableError,
+    buckets_for,
+    pack_records,
+)
+from kvindexer.store.server import Refusal, ShardServer
+from kvindexer.store.shard import Flush, Rewrite
+from kvindexer.types import Epoch
+
+_log = logging.getLogger(__name__)
+
+PIECE_RECORDS: Final = 2_048
+"""Records that are packed or loaded at once: a few milliseconds, between which queries get their turn."""
+_MOST_PIECES_BEHIND: Final = 1_000
+"""Pieces that a rewrite may still need after the first pass; a source that changes faster can't be caught."""
+_LOAD_TRIES: Final = 4
+_LARGEST: Final = 0xFFFFFFFF
+
+
+class Writing:
+    """Flushes, rewrites and loads of all shards of one replica."""
+
+    def __init__(self, server: ShardServer, index: Index, replica: str) -> None:
+        self._server = server
+        self._index = index
+        self._replica = replica
+
+    async def flush(self, kept: KeptSource, step: Flush) -> Refusal | None:
+        """Write what has changed.  Raises StoreError."""
+        shard, index = kept.shard, self._index
+        meta = _content(kept)
+        amended = shard.take_amendments()
+        upto = shard.checkpoint(meta.checkpoint.epoch)
+        facts = index.facts(kept.source)
+        packed = self._pack(kept, step.hashes, meta.buckets)
+        try:
+            author = kept.author(self._replica)
+            answer = await self._server.flush(kept.tag, author, base=step.base, upto=upto, facts=facts, packed=packed)
+        except StoreError:
+            shard.amended(amended, time.monotonic())
+            raise
+        if isinstance(answer, Refusal):
+            shard.amended(amended, time.monotonic())
+            return answer
+        if not kept.dropped:
+            written = meta._replace(
+                checkpoint=upto._replace(birth=meta.checkpoint.birth), entries=answer, facts=facts
+            )
+            shard.stored(written, time.monotonic())
+        return None
+
+    async def rewrite(self, kept: KeptSource, step: Rewrite) -> Refusal | None:
+        """Write everything anew and put it in the place of what is there.  Raises StoreError."""
+        kept.collected = set()
+        try:
+            return await self._rewrite(kept, step)
+        finally:
+            kept.collected = None
+
+    async def _rewrite(self, kept: KeptSource, step: Rewrite) -> Refusal | None:
+        shard, index, server, life = kept.shard, self._index, self._server, kept.life
+        author = kept.author(self._replica)
+        before = shard.remote.meta if shard.remote is not None else None
+        hashes: Sequence[int] = index.hashes(kept.source)
+        generation, buckets = secrets.token_hex(4), buckets_for(len(hashes))
+        amended = shard.take_amendments()
+        begin, pieces = True, len(hashes) // PIECE_RECORDS + _MOST_PIECES_BEHIND
+        while len(hashes) > PIECE_RECORDS or begin:
+            for start in range(0, len(hashes), PIECE_RECORDS) or (0,):
+                packed = self._pack(kept, hashes[start : start + PIECE_RECORDS], buckets)
+                staged = await server.stage(kept.tag, author, generation, buckets, packed, begin=begin)
+                begin, pieces = False, pieces - 1
+                if isinstance(staged, Refusal):
+                    return staged
+                if kept.dropped or kept.life != life or pieces < 0:
+                    shard.amended(amended, time.monotonic())
+                    return Refusal.LOST
+            hashes = self._collected(kept)
+        upto = shard.checkpoint(step.epoch)
+        facts = index.facts(kept.source)
+        packed = self._pack(kept, hashes, buckets)
+        answer = await server.switch(
+            kept.tag,
+            author,
+            generation=generation,
+            expected=step.expected,
+            upto=upto,
+            facts=facts,
+            packed=packed,
+            accept_less=step.accept_less,
+        )
+        if isinstance(answer, Refusal):
+            shard.amended(amended, time.monotonic())
+            return answer
+        if not kept.dropped and kept.life == life:
+            written = Meta(
+                upto, generation, buckets, answer, facts, self._replica, kept.source, kept.packed_spec,
+                shard.registration,
+            )  # fmt: skip
+            shard.stored(written, time.monotonic())
+            kept.stream.epoch = Epoch(step.epoch)
+        _log.info("source %s: %d records written to the store (%s)", kept.source, answer, step.why)
+        if before is not None:
+            await server.sweep(kept.tag, Leftover(before.generation, before.buckets, 0))
+        return None
+
+    def _collected(self, kept: KeptSource) -> list[int]:
+        hashes, kept.collected = sorted(kept.collected or ()), set()
+        return hashes
+
+    def _pack(self, kept: KeptSource, hashes: Sequence[int], buckets: int) -> bytes:
+        records = self._index.records(kept.source, hashes)
+        if any(len(record) > MAX_RECORD_BYTES for record in records):  # thousands of places of one block
+            records = [record if len(record) <= MAX_RECORD_BYTES else b"" for record in records]
+        return pack_records(hashes, records, buckets)
+
+    async def load(self, kept: KeptSource) -> bool:
+        """Fill a freshly attached share from its shard and let its stream resume there; False: there is nothing.
+
+        Raises StoreError; whatever it raises or returns but True, the share is empty.
+        """
+        loaded = False
+        try:
+            loaded = await self._load(kept)
+        except UnreadableError as error:
+            raise StoreError(
+                "foreign", f"{self._server.names.meta(kept.tag)}: {error}", "choose another store_namespace"
+            ) from None
+        finally:
+            if not loaded and not kept.dropped:
+                self._index.attach(kept.source, kept.spec)
+        return loaded
+
+    async def _load(self, kept: KeptSource) -> bool:
+        for attempt in range(_LOAD_TRIES):
+            last = attempt == _LOAD_TRIES - 1
+            if attempt:
+                await self._server.hold(kept.tag)
+            try:
+                meta = await self._read(kept)
+                if meta is None or kept.dropped:
+                    return False
+                count = await self._fill(kept, meta, hold=bool(attempt))
+                after = await self._read(kept)
+            finally:
+                if attempt:
+                    await self._server.release(kept.tag)
+            if kept.dropped or after is None:
+                return False
+            if after[:4] == meta[:4]:
+                self._resume(kept, meta, count)
+                return True
+            if last:
+                break
+            self._index.attach(kept.source, kept.spec)
+        _log.warning("source %s: its shard changes faster than it can be read", kept.source)
+        return False
+
+    async def _read(self, kept: KeptSource) -> Meta | None:
+        (found,) = await self._server.read([kept.tag])
+        if isinstance(found, UnreadableError):
+            raise found
+        kept.shard.read(found, time.monotonic())
+        return found.meta
+
+    async def _fill(self, kept: KeptSource, meta: Meta, *, hold: bool) -> int:
+        count = 0
+        async for _, hashes, records in self._server.buckets(kept.tag, meta):
+            if kept.dropped:
+                break
+            try:
+                self._index.load(kept.source, hashes, records)
+            except ValueError as error:
+                raise UnreadableError(str(error)) from None
+            count += len(hashes)
+            if hold:
+                await self._server.hold(kept.tag)
+        return count
+
+    def _resume(self, kept: KeptSource, meta: Meta, count: int) -> None:
+        """All records are in; one that is missing is no reason to forget the others, but to say so."""
+        self._index.loaded(kept.source, meta.facts)
+        checkpoint = meta.checkpoint
+        if count != meta.entries:
+            _log.warning("source %s: %d of %d records of its shard are there", kept.source, count, meta.entries)
+            checkpoint = checkpoint._replace(coverage=Coverage(0, _LARGEST))
+        epoch, next_seq, digest, birth, coverage = checkpoint
+        kept.stream.resume(Epoch(epoch), next_seq, digest, birth, coverage)
+        kept.shard.loaded(checkpoint, time.monotonic())
+        _log.info("source %s: %d records loaded from the store, up to seq %d", kept.source, count, next_seq - 1)
+
+
+def _content(kept: KeptSource) -> Meta:
+    """What Redis holds; a flush is only decided on where there is something."""
+    if kept.shard.remote is None or kept.shard.remote.meta is None:
+        raise RuntimeError("nothing to flush onto")
+    return kept.shard.remote.meta
