@@ -44,13 +44,15 @@ SLOTS: Final = 16_384
 NODE_TIMEOUT_MS: Final = 1000
 DOWN_AFTER_MS: Final = 500
 SERVICE: Final = "mymaster"
+_CHOSEN: Final = os.environ.pop("KVINDEXER_TEST_REDIS", "")
+"""Taken out of the environment, for the service refuses a variable of its prefix that is no setting."""
 
 
 @cache
 def server_binary() -> str:
     """The server that the tests run."""
-    if chosen := os.environ.get("KVINDEXER_TEST_REDIS"):
-        return chosen
+    if _CHOSEN:
+        return _CHOSEN
     for name in ("valkey-server", "redis-server"):
         if (found := shutil.which(name)) and version_of(found) >= OLDEST:
             return found

@@ -39,7 +39,7 @@ HINTS: Final = {
     "unreachable": "check store, that the server runs, and that nothing between us refuses the connection",
     "unknown_host": "check the host in store",
     "tls": "check ca_certs, the certificate's names, and that the server speaks TLS there",
-    "timeout": "check the server's load and the network, or raise store_timeout_s",
+    "timeout": "check the server's load, the network, and whether it speaks TLS or not; or raise store_timeout_s",
     "auth": "check the user in store and store_password",
     "no_password": "check the file that store_password_file names",
     "no_rights": "give our ACL user the rights that docs/redis.md lists",
