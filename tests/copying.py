@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvindexer.index.seam import Index
+from kvindexer.index.seam import Change, Index
 
 
 def everything(index: Index, source: str) -> dict[int, bytes]:
@@ -21,3 +21,25 @@ def copy(one: Index, other: Index, source: str, parts: int = 1) -> None:
         chosen = hashes[part::parts]
         other.load(source, chosen, one.records(source, chosen))
     other.loaded(source, one.facts(source))
+
+
+class Copy:
+    """The records of an index, kept up to date as a store would: by what each batch says it may have changed."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.records: dict[str, dict[int, bytes]] = {}
+
+    def take(self, source: str) -> None:
+        """Copy a source anew."""
+        self.records[source] = everything(self.index, source)
+
+    def follow(self, source: str, change: Change) -> None:
+        """Copy what a batch of this source may have changed."""
+        assert source not in change.touched_of
+        for name, hashes in {source: change.touched, **change.touched_of}.items():
+            kept = self.records[name]
+            for block_hash, record in zip(hashes, self.index.records(name, hashes), strict=True):
+                kept.pop(block_hash, None)
+                if record:
+                    kept[block_hash] = record

@@ -115,6 +115,8 @@ def test_a_bad_event_is_counted_and_costs_nothing_else(index: Index) -> None:
 def test_unknown_sources_are_key_errors(index: Index, call: str) -> None:
     with pytest.raises(KeyError):
         getattr(index, call)("nobody")
+    with pytest.raises(KeyError):
+        index.records("nobody", [])
 
 
 def test_payloads_of_unknown_and_detached_sources_add_nothing(index: Index) -> None:
@@ -343,6 +345,49 @@ def test_a_connector_gets_no_further_than_the_rules_of_all_groups(index: Index) 
     match = ask(index)["pod-a", 0]
     assert (match.held, match.usable, match.cached) == (10, 6, 6)
     assert match.alone == (10, 10, 0, 0)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_records_carry_a_share_to_another_index(make_index: Callable[[], Index], parts: int) -> None:
+    one, other = make_index(), make_index()
+    for index in (one, other):
+        index.attach("s", POD)
+    one.apply("s", payload([whole(0, 3), whole(5, 7), placeholder(HASHES[:2]), removed(HASHES[2:3])]))
+    copy(one, other, "s", parts)
+    assert other.copies("s") == one.copies("s")
+    assert other.stats("s") == one.stats("s")
+    assert other.facts("s") == one.facts("s")
+    assert everything(other, "s") == everything(one, "s")
+    for index in (one, other):
+        index.apply("s", payload([placeholder(HASHES[2:3]), whole(3, 5)]))
+    assert ask(other) == ask(one)
+    assert ask(one)["pod-a", 0].held == 7
+
+
+def test_records_of_what_is_not_held(index: Index) -> None:
+    """Nothing of what was never heard of; the key alone of what was removed."""
+    index.attach("s", POD)
+    index.apply("s", payload([whole(0, 1), removed(HASHES[:1]), placeholder([77]), removed([77], medium="CPU")]))
+    assert list(index.hashes("s")) == [HASHES[0]]
+    key = PROMPT.keys(SIZE)[0].to_bytes(8, "little")
+    assert index.records("s", iter((HASHES[0], 77, 78))) == [b"\x01" + key, b"", b""]
+
+
+@pytest.mark.parametrize("junk", [b"\x00", b"\xff", b"\x01\xff", b"\x01" + bytes(8) + b"\x80", b"\x02" + bytes(15)])
+def test_a_record_that_cannot_be_read_is_a_value_error(index: Index, junk: bytes) -> None:
+    index.attach("s", POD)
+    with pytest.raises(ValueError, match="damaged record"):
+        index.load("s", [1, 2], [b"\x01" + bytes(9), junk])
+    assert index.copies("s") == {}
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"\xc1", msgpack.packb([99, False, []]), msgpack.packb([1, False, [[0, 0, 0]]])]
+)
+def test_facts_that_cannot_be_read_are_a_value_error(index: Index, junk: bytes) -> None:
+    index.attach("s", POD)
+    with pytest.raises(ValueError, match="facts"):
+        index.loaded("s", junk)
 
 
 @pytest.mark.parametrize("name", recordings.WITH_TRUTH)
