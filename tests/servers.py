@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from redis import Redis
-from redis.backoff import NoBackoff
+from redis.backoff import ConstantBackoff
 from redis.exceptions import BusyLoadingError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
@@ -124,9 +124,14 @@ class Server:
         return file.read_text(errors="replace") if file.exists() else ""
 
     def ask(self, *words: str | bytes | float) -> Any:
-        """Give a command as an administrator; answers are text."""
+        """Give a command as an administrator; answers are text.  Goes on if a failover has cut the connection."""
         login = {"password": self.password} if self.password else {}
-        options: dict[str, Any] = {"decode_responses": True, "protocol": 2, "retry": Retry(NoBackoff(), 0), **login}
+        options: dict[str, Any] = {
+            "decode_responses": True,
+            "protocol": 2,
+            "retry": Retry(ConstantBackoff(0.01), 3),
+            **login,
+        }
         with Redis(host=HOST, port=self.port, socket_timeout=PATIENCE_S, **options) as client:
             return client.execute_command(*words)
 

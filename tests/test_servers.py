@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from redis.asyncio.cluster import RedisCluster
 
 from kvindexer.errors import StoreError
 from kvindexer.settings import Settings
@@ -21,7 +22,7 @@ from kvindexer.testing import FaultProxy, LinkFaults
 from servers import PATIENCE_S, Cluster, Replicated, Server
 from tls_front import TlsFront
 
-USER = "user kvindexer on >secret ~kvindexer:* +get +set +info +client|setname +command +cluster|slots +asking"
+USER = "user kvindexer on >secret ~kvindexer:* +get +set +info +ping +client|setname +command +cluster|slots +asking"
 ADD = "return redis.call('INCRBY', KEYS[1], ARGV[1])"
 
 
@@ -89,14 +90,47 @@ def test_a_database_of_its_own(redis_server: Server) -> None:
     redis_server.ask("FLUSHALL")
 
 
-def test_many_commands_at_once_share_few_connections(redis_server: Server) -> None:
-    async def at_once(client: Client) -> int:
+def test_many_commands_at_once_share_few_connections(redis_server: Server, redis_cluster: Cluster) -> None:
+    async def at_once(client: Client) -> None:
         await asyncio.gather(*(client.incr("kvindexer:n") for _ in range(200)))
-        return int(redis_server.info()["connected_clients"])
 
-    before = int(redis_server.info()["connected_clients"])
-    assert with_client(redis_server.url, at_once) <= before + 8
-    assert redis_server.ask("GET", "kvindexer:n") == "200"
+    for store, server in ((redis_server.url, redis_server), (redis_cluster.url, redis_cluster.owner("kvindexer:n"))):
+        before = int(server.info()["total_connections_received"])
+        with_client(store, at_once)
+        assert server.ask("GET", "kvindexer:n") == "200"
+        assert int(server.info()["total_connections_received"]) <= before + 12  # 8, and what this test asks itself
+
+
+def test_a_command_that_was_cut_off_never_answers_the_next(redis_server: Server, redis_cluster: Cluster) -> None:
+    """A deadline may fall between a command and its answer: that connection must not be used again."""
+    owner = redis_cluster.owner("{k}")
+
+    async def cut_off(client: Client, proxy: FaultProxy) -> None:
+        for number in range(20):
+            await client.set(f"{{k}}{number}", number)
+        proxy.faults = LinkFaults(latency_s=0.01)
+        cut = 0
+        for number in range(30):
+            try:
+                async with asking((2.0, 0.001, 2.0, 0.005, 2.0, 0.015)[number % 6]):
+                    assert await client.get(f"{{k}}{number % 20}") == str(number % 20).encode()
+            except StoreError:
+                cut += 1
+        assert 5 < cut < 20
+
+    def remapped(proxy: FaultProxy) -> Callable[[Client], Awaitable[None]]:
+        async def scenario(client: Client) -> None:
+            if isinstance(client, RedisCluster):
+                client.nodes_manager.address_remap = lambda address: (
+                    (address[0], proxy.port) if address[1] == owner.port else address
+                )
+            await cut_off(client, proxy)
+
+        return scenario
+
+    for store, port in ((None, redis_server.port), (redis_cluster.url, owner.port)):
+        with FaultProxy("127.0.0.1", port) as proxy:
+            with_client(store or f"redis://127.0.0.1:{proxy.port}", remapped(proxy))
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +330,13 @@ def test_a_script_runs_where_its_keys_are(redis_cluster: Cluster) -> None:
     assert redis_cluster.owner("kvindexer:n").ask("GET", "kvindexer:n") == "5"
 
 
+def test_a_user_who_may_not_see_the_slots_is_told_so(redis_cluster: Cluster) -> None:
+    for node in redis_cluster.servers:
+        node.ask("ACL", "SETUSER", "blind", "on", ">secret", "~*", "+get", "+client|setname", "+command")
+    assert reason(redis_cluster.url_of("blind", "secret")) == "no_rights"
+    assert reason(redis_cluster.url_of("nobody", "secret")) == "auth"
+
+
 def problems(store: str) -> list[str]:
     found: list[Problem] = with_client(store, examine)
     return [problem.reason for problem in found]
@@ -311,7 +352,8 @@ def test_a_server_that_may_drop_our_keys_or_is_nearly_full(own_redis_server: Ser
     assert problems(own_redis_server.url) == ["evicts"]
     own_redis_server.ask("CONFIG", "SET", "maxmemory-policy", "volatile-ttl")
     assert problems(own_redis_server.url) == []
-    own_redis_server.ask("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "100kb")
+    own_redis_server.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    own_redis_server.ask("CONFIG", "SET", "maxmemory", "100kb")
     assert problems(own_redis_server.url) == ["nearly_full"]
     assert reason(own_redis_server.url, "SET", "a", 1) == "out_of_memory"
     assert reason(own_redis_server.url, "EVAL", "return redis.call('SET', KEYS[1], 1)", 1, "a") == "out_of_memory"

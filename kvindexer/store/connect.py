@@ -10,6 +10,7 @@ The password is in a credential provider, never among the arguments that redis-p
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 CLIENT_NAME: Final = "kvindexer"
 """What CLIENT LIST shows us as."""
 MAX_CONNECTIONS: Final = 8
-"""To a server, or to each node of a cluster.  Callers keep to as many commands at once."""
+"""Commands that are under way at once; further ones wait for their turn.  Each needs a connection (to a server, or to
+a node of a cluster).  Pipelines don't wait: there is room for as many again, and one more is refused."""
 HEALTH_CHECK_S: Final = 15
 """A connection that was idle that long is tried with a PING before a command is trusted to it."""
 RESP: Final = 2
@@ -56,6 +58,10 @@ class Credentials(CredentialProvider):
         else:
             password = self._password.get_secret_value() if self._password else ""
         return (self._username, password) if self._username else (password,)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        """The same; a secret of a few bytes is read in no time."""
+        return self.get_credentials()
 
 
 def open_client(settings: Settings) -> Client:
@@ -99,13 +105,13 @@ def _sentinel(settings: Settings, address: StoreAddress) -> Redis:
             **common,
             **(_login(settings) if address.sentinel_auth else {}),
             "retry": _no_retry(),  # there are others to ask
-            "max_connections": MAX_CONNECTIONS,
+            "max_connections": 2 * MAX_CONNECTIONS,
         },
     )
     client: Redis = sentinels.master_for(
         address.service,
         redis_class=_SentinelRedis,
-        max_connections=MAX_CONNECTIONS,
+        max_connections=2 * MAX_CONNECTIONS,
         db=address.db,
         retry=_retry(),
         **_login(settings),
@@ -115,7 +121,14 @@ def _sentinel(settings: Settings, address: StoreAddress) -> Redis:
 
 
 class _SentinelRedis(Redis):
-    """Closes its connections to the sentinels as well."""
+    """Lets commands wait for a connection, and closes its connections to the sentinels as well."""
+
+    _turns: asyncio.Semaphore | None = None
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        self._turns = self._turns or asyncio.Semaphore(MAX_CONNECTIONS)
+        async with self._turns:
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:  # noqa: FBT001 - as redis-py has it
         await super().aclose(close_connection_pool)
@@ -125,10 +138,23 @@ class _SentinelRedis(Redis):
                 await sentinel.aclose()
 
 
+class _WaitingCluster(RedisCluster):
+    """Lets commands wait for a connection; redis-py's refuses."""
+
+    _turns: asyncio.Semaphore | None = None
+
+    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        self._turns = self._turns or asyncio.Semaphore(MAX_CONNECTIONS)
+        async with self._turns:
+            if self.get_default_node() is None:
+                await self.initialize()  # or the first command would go to any node, and be sent on
+            return await super().execute_command(*args, **kwargs)
+
+
 def _cluster(settings: Settings, address: StoreAddress) -> RedisCluster:
-    return RedisCluster(
+    return _WaitingCluster(
         startup_nodes=[ClusterNode(host, port) for host, port in address.hosts],
-        max_connections=MAX_CONNECTIONS,
+        max_connections=2 * MAX_CONNECTIONS,
         retry=_retry(),
         reinitialize_steps=NEVER,  # a slot that has moved is followed; reading all anew would cut off other commands
         dynamic_startup_nodes=False,  # names that the operator gave outlive the addresses that they have now

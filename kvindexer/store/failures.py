@@ -140,6 +140,8 @@ _CODE: Final = re.compile(rf"(?:^|-|: )({'|'.join(CODES)})\b")
 _VAGUE: Final = frozenset({"unreachable", "refused", "cluster_down", "timeout", "no_primary"})
 """Reasons that redis-py also gives for errors which it has caught itself: their cause says more."""
 _TELLING: Final = frozenset({"auth", "no_password", "no_rights", "tls", "unknown_host", "loading", "bad_reply"})
+_NOT_A_CLUSTER: Final = "Cluster mode is not enabled on this node"
+"""What redis-py says instead of the server's refusal to list its slots."""
 _SENTENCES: Final = {
     "no_primary": "no sentinel knows a primary that is up",
     "no_connection": "all connections are in use",
@@ -154,9 +156,11 @@ def store_error(error: BaseException) -> StoreError:
     reason, told = _reason(error), error
     if reason in _VAGUE:
         for cause in _causes(error):
-            if (deeper := _reason(cause)) in _TELLING or _not_a_cluster(cause):
-                reason, told = ("not_a_cluster" if deeper not in _TELLING else deeper), cause
+            if (deeper := _reason(cause)) in _TELLING:
+                reason, told = deeper, cause
                 break
+        else:
+            reason = "not_a_cluster" if _NOT_A_CLUSTER in str(error) else reason
     return StoreError(reason, _SENTENCES.get(reason) or _said(told), HINTS[reason])
 
 
@@ -188,10 +192,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             return
         yield cause
         cause = cause.__cause__ or cause.__context__
-
-
-def _not_a_cluster(error: BaseException) -> bool:
-    return isinstance(error, RedisClusterException) and "not enabled on this node" in str(error)
 
 
 def _said(error: BaseException) -> str:

@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
     tokenizers = importlib.import_module("tokenizers")
     transformers = importlib.import_module("transformers")
     words = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, VOCABULARY)}}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))  # noqa: S106 - a word
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
