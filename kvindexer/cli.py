@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
@@ -133,11 +133,51 @@ def _replay(made: ArgumentParser) -> None:
     made.add_argument("--hold", action="store_true", help="stay at the end, for replay requests, until Ctrl-C")
 
 
+def _inspect(made: ArgumentParser) -> None:
+    _inspected(made)
+    views = made.add_subparsers(dest="view", metavar="VIEW")
+    for name, summary in VIEWS.items():
+        view = views.add_parser(name, help=summary, description=summary, argument_default=SUPPRESS)
+        if name in ("source", "entries"):
+            view.add_argument("source", metavar="SOURCE", help="its name (its endpoint), or its instance's")
+        if name == "entries":
+            view.add_argument("--limit", type=_whole, default=50, metavar="N", help="at most; 0: all (%(default)s)")
+        if name == "holders":
+            view.add_argument("keys", nargs="+", type=_key, metavar="KEY", help="block keys, decimal or 0x...")
+        _inspected(view)
+
+
+def _inspected(made: ArgumentParser) -> None:
+    def default(value: object) -> object:
+        """A view must not take back what stood before it."""
+        return SUPPRESS if made.argument_default == SUPPRESS else value
+
+    made.add_argument("--store", default=default(None), metavar="URL", help="of the Redis (else: setting store)")
+    made.add_argument(
+        "--namespace", default=default(None), metavar="NAME", help="of the deployment (else: setting store_namespace)"
+    )
+    made.add_argument("--tenant", default=default(None), metavar="NAME", help="this tenant only (holders: default)")
+    made.add_argument("--model", default=default(None), metavar="NAME", help="this model only")
+    made.add_argument("--json", action="store_true", default=default(False), help="for programs")  # noqa: FBT003
+    made.add_argument("--config", type=Path, default=default(None), metavar="FILE", help="YAML file of settings")
+    made.add_argument(
+        "--set", action="append", default=default([]), metavar="KEY=VALUE", help="any other setting, repeatable"
+    )
+
+
+VIEWS: Final = {
+    "sources": "What is kept, a line a source (the default).",
+    "source": "One source: checkpoint, facts, digest, memory.",
+    "entries": "The records of a source.",
+    "holders": "Who holds blocks, by their keys.",
+}
+
 COMMANDS: Final = {
     "serve": ("Run the service.", _serve),
     "demo": ("Run the service with a simulated fleet and show both at work.", _demo),
     "simulate": ("Run engines without a GPU that publish KV events as real ones do.", _simulate),
     "query": ("Ask who holds how much of a prompt.", _query),
+    "inspect": ("Read the index in Redis, without a running service.", _inspect),
     "replay": ("Publish a recording of a real engine.", _replay),
 }
 
@@ -173,6 +213,16 @@ def _whole(text: str) -> int:
     if (number := int(text)) >= 0:
         return number
     raise ArgumentTypeError(f"{text}: expected 0 or more")
+
+
+def _key(text: str) -> int:
+    try:
+        number = int(text, 0)
+    except ValueError:
+        number = -1
+    if 0 <= number < 2**64:
+        return number
+    raise ArgumentTypeError(f"{text}: expected a block key, as a decimal number or 0x...")
 
 
 def _positive(text: str) -> float:

@@ -11,6 +11,7 @@ from kvindexer.settings import load_settings
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import Iterable, Mapping
 
 
 def run(options: Namespace) -> int:
@@ -25,14 +26,6 @@ def run(options: Namespace) -> int:
 
 def overrides(options: Namespace) -> dict[str, Any]:
     """Collect the topmost layer of settings: the flags."""
-    values: dict[str, Any] = {}
-    for text in options.set:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise SettingsError("set", text, "key=value")
-        if key in values:
-            raise SettingsError(key, value, "one --set for each setting")
-        values[key] = value
     named = {
         "host": options.host,
         "port": options.port,
@@ -40,4 +33,17 @@ def overrides(options: Namespace) -> dict[str, Any]:
         "sources": options.source,
         "store": options.store,
     }
+    return layered(options.set, named)
+
+
+def layered(texts: Iterable[str], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the values of --set and those of flags with names of their own, where there are any, together."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SettingsError("set", text, "key=value")
+        if key in values:
+            raise SettingsError(key, value, "one --set for each setting")
+        values[key] = value
     return values | {key: value for key, value in named.items() if value is not None}

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Final, NamedTuple, cast
 
+from redis.exceptions import ResponseError
+
 from kvindexer.errors import StoreError
 from kvindexer.store import scripts
 from kvindexer.store.connect import MAX_CONNECTIONS, Client
@@ -120,6 +122,21 @@ class ShardServer:
             for key, block_hash in asked:
                 pipeline.hget(key, cast("str", block_hash.to_bytes(8, "little")))
             return cast("list[bytes | None]", await pipeline.execute())
+
+    async def memory(self, tag: str, meta: Meta) -> int | None:
+        """Bytes that a shard takes in Redis; None if it doesn't let us ask."""
+        keys = [self.names.meta(tag), *(self.names.bucket(tag, meta.generation, n) for n in range(meta.buckets))]
+        total = 0
+        for start in range(0, len(keys), _METAS):
+            async with self._slots, asking(self._budget_s):
+                pipeline = self._client.pipeline(transaction=False)
+                for key in keys[start : start + _METAS]:
+                    pipeline.memory_usage(key)
+                answers = await pipeline.execute(raise_on_error=False)
+            if any(isinstance(answer, ResponseError) for answer in answers):
+                return None
+            total += sum(answer or 0 for answer in answers)
+        return total
 
     async def flush(
         self, tag: str, author: Author, *, base: int, upto: Checkpoint, facts: bytes, packed: bytes
