@@ -19,6 +19,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
 from importlib.util import find_spec
@@ -47,6 +48,9 @@ SERVICE: Final = "mymaster"
 _CHOSEN: Final = os.environ.pop("KVINDEXER_TEST_REDIS", "")
 """Taken out of the environment, for the service refuses a variable of its prefix that is no setting."""
 
+_STARTER: Final = ThreadPoolExecutor(1, "starter of servers")
+"""A server dies with the thread that started it (see `_guard`), so that has to be one that stays."""
+
 
 @cache
 def server_binary() -> str:
@@ -61,6 +65,13 @@ def server_binary() -> str:
         for binary in sorted(Path(place).glob("_binaries/*/valkey-server")):
             return str(binary)
     raise RuntimeError("no server for the tests: install requirements-dev.lock, or set KVINDEXER_TEST_REDIS=/path")
+
+
+@cache
+def _guard() -> tuple[str, ...]:
+    """What lets a server die with tests that are killed, where the system can do that."""
+    setpriv = shutil.which("setpriv")
+    return (setpriv, "--pdeathsig", "KILL") if setpriv else ()
 
 
 def version_of(binary: str) -> tuple[int, ...]:
@@ -143,13 +154,14 @@ class Server:
     def start(self) -> None:
         """Start it again where it was, after `stop` or `kill`."""
         with (self.directory / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [server_binary(), str(self._config()), *(["--sentinel"] if self._sentinel else [])],
+            self._process = _STARTER.submit(
+                subprocess.Popen[bytes],
+                [*_guard(), server_binary(), str(self._config()), *(["--sentinel"] if self._sentinel else [])],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,
-            )
+            ).result()
         self._wait_for_answer()
 
     def stop(self) -> None:
