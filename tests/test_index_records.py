@@ -117,6 +117,27 @@ def test_other_sources_that_make_room_are_named() -> None:
     assert set(change.touched_of["old"]) == set(HASHES[:4])
 
 
+def test_what_goes_when_records_are_loaded_is_named_by_the_next_batch() -> None:
+    """Of whatever source: those that made room for what was loaded have said nothing."""
+    one, full = followed(s=POD)
+    say(full, "s", whole(0, 8))
+    index = PyIndex(IndexLimits(max_entries=10, max_entries_per_source=6), least_trusted=lambda: ["old", "gone"])
+    copy = Copy(index)
+    for name, its_spec in {"old": OTHER, "gone": OTHER, "s": POD}.items():
+        index.attach(name, its_spec)
+        copy.take(name)
+    say(copy, "old", whole(0, 6))
+    say(copy, "gone", whole(0, 3))
+    index.load("s", list(full.records["s"]), list(full.records["s"].values()))
+    index.loaded("s", one.facts("s"))
+    assert sum(index.stats("old").blocks) + sum(index.stats("gone").blocks) == 4
+    copy.records["s"] = dict(full.records["s"])
+    index.detach("gone")
+    del copy.records["gone"]
+    change = say(copy, "s")
+    assert set(change.touched_of) == {"old"}
+
+
 def test_a_hash_waits_behind_the_parent_that_was_named_last() -> None:
     """And no more once it is bound, whoever turns up."""
     index, copy = followed(s=POD)
@@ -264,3 +285,23 @@ def test_a_damaged_part_is_not_counted_at_all() -> None:
     other.loaded("s", index.facts("s"))
     assert other.copies("s") == index.copies("s")
     assert other.copies("s")[0, 0, Tier.GPU, None, EngineHash(HASHES[0])] == 1
+
+
+def test_facts_tell_what_no_record_does() -> None:
+    """A connector whose last block below the GPU is gone, the window of a group, entries that went at a bound."""
+    window: dict[str, Any] = {
+        "group_idx": 1,
+        "kv_cache_spec_kind": "sliding_window",
+        "kv_cache_spec_sliding_window": 9,
+    }
+    index, copy = followed(IndexLimits(max_entries_per_source=20), s=POD)
+    say(copy, "s", whole(), placeholder(HASHES[:2]), removed(HASHES[:2], medium="CPU"), whole(**window))
+    asked = SPACE, PROMPT.keys(SIZE), len(PROMPT.tokens)
+    for truncated in (False, True):
+        other, _ = followed(s=POD)
+        other.load("s", list(copy.records["s"]), list(copy.records["s"].values()))
+        other.loaded("s", index.facts("s"))
+        assert other.match(*asked) == index.match(*asked)
+        assert other.truncated("s") is index.truncated("s") is truncated
+        assert other.facts("s") == index.facts("s")
+        say(copy, "s", placeholder([900, 901]))

@@ -62,6 +62,8 @@ class PyIndex:
         self._shares: dict[str, Share] = {}
         self._spaces: dict[Keyspace, Space] = {}
         self._entries = 0
+        self._unsaid: list[tuple[Share, list[int]]] = []
+        """Entries that went at a bound when records were loaded: the next batch names them."""
 
     # Sources
 
@@ -141,7 +143,11 @@ class PyIndex:
         ):
             if count:
                 work.skip(reason, count)
-        return work.change(told(share, work.touched, [(share, dropped), *victims]))
+        losses = [(share, dropped), *victims]
+        if self._unsaid:
+            losses += [(loser, lost) for loser, lost in self._unsaid if self._shares.get(loser.source) is loser]
+            self._unsaid.clear()
+        return work.change(told(share, work.touched, losses))
 
     # Bounds
 
@@ -285,7 +291,8 @@ class PyIndex:
         sizes = self._sizes_of(share)
         source_facts.learn(share, facts, sizes)
         Loader(share, sizes).finish()
-        self._shed(share)
+        dropped, victims = self._shed(share)
+        self._unsaid += [loss for loss in ((share, dropped), *victims) if loss[1]]
         self._forget(share)
 
     def _sizes_of(self, share: Share) -> Callable[[int], Space]:

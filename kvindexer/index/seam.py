@@ -164,7 +164,7 @@ class Index(Protocol):
         """
 
     def loaded(self, source: str, facts: bytes) -> None:
-        """All records are in: take the facts over and go back under the bounds.
+        """All records are in: take the facts over and go back under the bounds; the next batch names what went.
 
         Raises ValueError if the facts can't be read.
         """
