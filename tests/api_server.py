@@ -19,7 +19,7 @@ import uvloop
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvindexer.api.app import create_app
-from kvindexer.api.fleet import InstanceStatus, SourceReport
+from kvindexer.api.fleet import InstanceStatus, SourceReport, StoreFigures, StoreProblem
 from kvindexer.api.metrics import Metrics
 from kvindexer.events.sources import Registry
 from kvindexer.index.engine import PyIndex
@@ -40,6 +40,8 @@ class FakeFleet:
     ready: bool = True
     statuses: dict[str, InstanceStatus] = field(default_factory=dict)
     counters: dict[str, dict[str, int]] = field(default_factory=dict)
+    figures: StoreFigures = field(default_factory=StoreFigures)
+    troubles: list[StoreProblem] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.registry = Registry()
@@ -70,6 +72,12 @@ class FakeFleet:
 
     def reports(self) -> list[SourceReport]:
         return [self._report(source, spec) for source, spec in self.registry]
+
+    def problems(self) -> Sequence[StoreProblem]:
+        return self.troubles
+
+    def store(self) -> StoreFigures:
+        return self.figures
 
     def _report(self, source: str, spec: SourceSpec) -> SourceReport:
         status, stats = self.status(spec.instance), self.index.stats(source)

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from api_server import LIVE, Api, batch, error, serving, stored
 from kvindexer.api.counting import LATENCY_BOUNDS_S
+from kvindexer.api.fleet import StoreFigures, StoreProblem
 from kvindexer.api.metrics import MAX_LABELS, Metrics
 from kvindexer.index.seam import Change
 
@@ -46,6 +47,7 @@ def test_health_without_sources_is_ok(api: Api) -> None:
         "unsound": 0,
         "incomplete": 0,
         "problems": [],
+        "store": {"kind": "memory", "reachable": True, "replicas": 1, "problems": []},
     }
 
 
@@ -80,6 +82,20 @@ def test_health_names_a_bounded_number_of_sources(api: Api) -> None:
         api.fleet.statuses[f"pod-{number}"] = LIVE._replace(state="gone")
     health = api.client.get("/health").json()
     assert (health["sources"]["gone"], len(health["problems"])) == (30, 20)
+
+
+def test_trap_28_trouble_with_the_store_degrades_health_and_nothing_else(api: Api) -> None:
+    api.add("good")
+    api.fleet.figures = StoreFigures("redis", reachable=False, replicas=3)
+    api.fleet.troubles = [StoreProblem("evicts", "it may drop our keys", "set noeviction")] * 30
+    response = api.client.get("/health")
+    health = response.json()
+    assert (response.status_code, health["status"], health["problems"]) == (200, "degraded", [])
+    assert (health["store"]["kind"], health["store"]["reachable"], health["store"]["replicas"]) == ("redis", False, 3)
+    assert health["store"]["problems"] == [
+        {"reason": "evicts", "message": "it may drop our keys", "hint": "set noeviction"}
+    ] * 20
+    assert api.client.get("/ready").status_code == 200
 
 
 def test_trap_28_a_cold_replica_is_not_ready_and_a_new_pod_makes_none_unready(api: Api) -> None:
@@ -143,6 +159,7 @@ def test_sources_show_everything_worth_knowing(api: Api) -> None:
                 "blocks": {"gpu": 10, "cpu": 0, "disk": 0, "remote": 0},
                 "orphans": 0,
                 "poison": 3,
+                "stored": None,
             }
         ],
         "totals": {"events": 1, "queries": 1, "blocks": 10},
@@ -233,6 +250,30 @@ def test_counters_of_sources_never_fall(api: Api) -> None:
     assert samples(api)["kvindexer_gaps_total"] == 8
 
 
+def test_metrics_show_the_store(api: Api) -> None:
+    api.fleet.figures = StoreFigures(
+        "redis", reachable=False, replicas=3, writes=4, records_written=500, refusals=1, checks=2, divergences=1,
+        shards={"in_step": 5, "behind": 0}, lag_s=1.5, pending_bytes=64,
+    )  # fmt: skip
+    api.fleet.troubles = [StoreProblem("timeout", "", ""), StoreProblem("timeout", "", "")]
+    found = samples(api)
+    expected = {
+        "kvindexer_store_reachable": 0,
+        "kvindexer_store_replicas": 3,
+        "kvindexer_store_writes_total": 4,
+        "kvindexer_store_records_written_total": 500,
+        "kvindexer_store_refusals_total": 1,
+        "kvindexer_store_checks_total": 2,
+        "kvindexer_store_divergences_total": 1,
+        "kvindexer_store_shards{state=in_step}": 5,
+        "kvindexer_store_shards{state=behind}": 0,
+        "kvindexer_store_lag_seconds": 1.5,
+        "kvindexer_store_pending_bytes": 64,
+        "kvindexer_store_problems{reason=timeout}": 2,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
 def test_a_label_has_a_bounded_number_of_values() -> None:
     metrics = Metrics()
     for number in range(1000):
@@ -262,6 +303,8 @@ def test_docs_metrics_lists_every_metric_as_it_is(api: Api) -> None:
     api.metrics.skipped({"x": 1})
     api.metrics.withdrawn("x", 1)
     api.metrics.answered("/query", 200, 0.1)
+    api.fleet.figures = StoreFigures(shards={"in_step": 1})
+    api.fleet.troubles = [StoreProblem("evicts", "", "")]
     in_code = []
     for family in api.metrics.collect():
         sample = family.samples[0]

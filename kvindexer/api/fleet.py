@@ -5,8 +5,10 @@ Calls never block and never wait; all of them come from the event loop's thread.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+from kvindexer.events.keeping import Stored, StoreFigures, StoreProblem
 from kvindexer.events.status import InstanceStatus, SourceReport
 from kvindexer.types import SourceSpec, SourceType
 
@@ -38,5 +40,11 @@ class Fleet(Protocol):
     def reports(self) -> list[SourceReport]:
         """One report a source."""
 
+    def problems(self) -> Sequence[StoreProblem]:
+        """What is wrong with the durable copy of the index; nothing of it touches the answers."""
 
-__all__ = ["Fleet", "InstanceStatus", "SourceReport"]
+    def store(self) -> StoreFigures:
+        """How the durable copy is doing."""
+
+
+__all__ = ["Fleet", "InstanceStatus", "SourceReport", "StoreFigures", "StoreProblem", "Stored"]

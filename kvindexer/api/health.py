@@ -1,8 +1,8 @@
 """GET /health, /ready and /metrics: what probes and Prometheus ask.
 
 /health is about truth, not about restarts: it is 200 as long as the process serves, and says `degraded` when a
-source is not live or not sound.  /ready says whether to send queries here: 503 until every source known at start is
-in sync or has had its time, 200 ever after.
+source is not live or not sound, or the durable copy has a problem.  /ready says whether to send queries here: 503
+until every source known at start is in sync or has had its time, 200 ever after.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvindexer.api.metrics import CONTENT_TYPE, STATES, Metrics
 from kvindexer.api.openapi import answer_body
 
 MAX_PROBLEMS: Final = 20
-"""Sources that /health names; /v1/sources has all."""
+"""Sources, and problems of the store, that /health names; /v1/sources has all sources."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -34,6 +34,23 @@ class Problem(msgspec.Struct):
     why: str
 
 
+class StoreTrouble(msgspec.Struct):
+    """Why the durable copy is not as it should be, and what to change."""
+
+    reason: str
+    message: str
+    hint: str
+
+
+class StoreHealth(msgspec.Struct):
+    """The durable copy of the index; queries are answered without it."""
+
+    kind: str
+    reachable: bool
+    replicas: int
+    problems: list[StoreTrouble]
+
+
 class HealthAnswer(msgspec.Struct):
     """`ok`, or `degraded` with what is wrong."""
 
@@ -43,6 +60,7 @@ class HealthAnswer(msgspec.Struct):
     unsound: int
     incomplete: int
     problems: list[Problem]
+    store: StoreHealth
 
 
 class ReadyAnswer(msgspec.Struct):
@@ -77,13 +95,20 @@ def _health(fleet: Fleet) -> HealthAnswer:
     reports = fleet.reports()
     states = Counter(report.state for report in reports)
     problems = [report for report in reports if report.state != "live" or not report.sound]
+    store, troubles = fleet.store(), fleet.problems()
     return HealthAnswer(
-        status="degraded" if problems else "ok",
+        status="degraded" if problems or troubles else "ok",
         ready=fleet.ready,
         sources={state: states[state] for state in STATES},
         unsound=sum(not report.sound for report in reports),
         incomplete=sum(not report.complete for report in reports),
         problems=[_problem(report) for report in problems[:MAX_PROBLEMS]],
+        store=StoreHealth(
+            kind=store.kind,
+            reachable=store.reachable,
+            replicas=store.replicas,
+            problems=[StoreTrouble(*trouble) for trouble in troubles[:MAX_PROBLEMS]],
+        ),
     )
 
 

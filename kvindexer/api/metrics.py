@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from kvindexer.api.counting import Accumulated, Latencies
-from kvindexer.api.fleet import Fleet, SourceReport
+from kvindexer.api.fleet import Fleet, SourceReport, StoreFigures, StoreProblem
 from kvindexer.index.seam import Change
 from kvindexer.types import TIERS
 
@@ -115,6 +115,8 @@ class Metrics:
             "entries_withdrawn", "Entries dropped because they may be gone, by reason.", "reason", self._withdrawn
         )
         yield from self._of_sources(self._fleet.reports() if self._fleet is not None else [])
+        if self._fleet is not None:
+            yield from self._of_store(self._fleet.store(), self._fleet.problems())
         yield from self._of_queries()
 
     def _of_sources(self, reports: list[SourceReport]) -> Iterator[Metric]:
@@ -141,6 +143,28 @@ class Metrics:
         lag_s = max((report.lag_ms for report in reports), default=0.0) / 1000
         yield _gauge("ingest_lag_seconds", "Age of the oldest message received and not applied.", lag_s)
         yield _gauge("ready", "1 once the service is ready.", int(self._fleet is not None and self._fleet.ready))
+
+    def _of_store(self, store: StoreFigures, problems: Iterable[StoreProblem]) -> Iterator[Metric]:
+        yield _gauge("store_reachable", "1 if the store answers, or there is none.", int(store.reachable))
+        yield _gauge("store_replicas", "Replicas heard lately, with this one.", store.replicas)
+        yield _counter("store_writes", "Writes of a source to the store, refused ones too.", store.writes)
+        yield _counter("store_records_written", "Records sent to the store.", store.records_written)
+        yield _counter("store_refusals", "Writes refused: the store knew better or more.", store.refusals)
+        yield _counter("store_checks", "Comparisons of a source in memory and in the store.", store.checks)
+        yield _counter("store_divergences", "Comparisons that found a difference.", store.divergences)
+        shards = GaugeMetricFamily(
+            "kvindexer_store_shards", "Sources by how the store stands to memory.", labels=["state"]
+        )
+        for state, count in store.shards.items():
+            shards.add_metric([state], count)
+        yield shards
+        yield _gauge("store_lag_seconds", "Age of the oldest change that is not in the store.", store.lag_s)
+        yield _gauge("store_pending_bytes", "Changes that wait for the store.", store.pending_bytes)
+        reasons = Counter(problem.reason for problem in problems)
+        found = GaugeMetricFamily("kvindexer_store_problems", "What is wrong with the store.", labels=["reason"])
+        for reason, count in sorted(reasons.items()):
+            found.add_metric([reason], count)
+        yield found
 
     def _of_queries(self) -> Iterator[Metric]:
         yield _counter("queries", "Prefix queries answered.", self.queries)

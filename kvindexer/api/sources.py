@@ -27,6 +27,14 @@ class BlocksByTier(msgspec.Struct):
     remote: int
 
 
+class StoredEntry(msgspec.Struct):
+    """What the durable copy held of a source when it was last looked at."""
+
+    epoch: int
+    seq: int | None
+    entries: int
+
+
 class SourceEntry(msgspec.Struct):
     """One source: where it is, how far it can be trusted and why, what it has sent and what it holds."""
 
@@ -53,6 +61,7 @@ class SourceEntry(msgspec.Struct):
     blocks: BlocksByTier
     orphans: int
     poison: int
+    stored: StoredEntry | None
 
 
 class Totals(msgspec.Struct):
@@ -120,4 +129,5 @@ def _entry(report: SourceReport) -> SourceEntry:
         blocks=BlocksByTier(*report.blocks),
         orphans=report.orphans,
         poison=report.poison,
+        stored=None if report.stored is None else StoredEntry(*report.stored),
     )

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from kvindexer.errors import ConflictError, KvIndexerError, WireError
-from kvindexer.events.keeping import Keeper, Nobody, StoreProblem
+from kvindexer.events.keeping import Keeper, Nobody, StoreFigures, StoreProblem
 from kvindexer.events.listing import Listing, is_listing
 from kvindexer.events.sockets import SubscriberSettings
 from kvindexer.events.sources import Registry
@@ -301,6 +301,10 @@ class LiveFleet:
         """What is wrong with the durable copy."""
         return self._keeper.problems()
 
+    def store(self) -> StoreFigures:
+        """How the durable copy is doing."""
+        return self._keeper.figures()
+
     # Answers
 
     def status(self, instance: str) -> InstanceStatus:
@@ -359,6 +363,7 @@ class LiveFleet:
             orphans=stats.orphans,
             poison=known.poison,
             blocks=stats.blocks,
+            stored=self._keeper.stored(known.source),
         )
 
     def _least_trusted(self) -> Iterator[str]:

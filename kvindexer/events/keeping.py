@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from kvindexer.events.stream import Stream
@@ -23,6 +24,34 @@ class StoreProblem(NamedTuple):
     reason: str
     message: str
     hint: str
+
+
+class Stored(NamedTuple):
+    """What the durable copy held of a source when it was last looked at."""
+
+    epoch: int
+    seq: int | None
+    """Of the last message that is in it."""
+    entries: int
+
+
+class StoreFigures(NamedTuple):
+    """How the durable copy is doing; as it is here if there is none."""
+
+    kind: str = "memory"
+    """`memory`, or the scheme of the store's URL."""
+    reachable: bool = True
+    replicas: int = 1
+    """Replicas that were heard lately, with this one."""
+    writes: int = 0
+    records_written: int = 0
+    refusals: int = 0
+    checks: int = 0
+    divergences: int = 0
+    shards: Mapping[str, int] = MappingProxyType({})
+    """Sources by how the copy stands to memory."""
+    lag_s: float = 0.0
+    pending_bytes: int = 0
 
 
 class Kept(Protocol):
@@ -69,6 +98,12 @@ class Keeper(Protocol):
     def problems(self) -> Sequence[StoreProblem]:
         """What is wrong with the copy; nothing of it touches the answers."""
 
+    def figures(self) -> StoreFigures:
+        """How the copy is doing."""
+
+    def stored(self, source: str) -> Stored | None:
+        """What the copy held of a source when it was last looked at; None: nothing, or that is not known."""
+
 
 class Nobody:
     """Keeps nothing."""
@@ -99,3 +134,11 @@ class Nobody:
     def problems(self) -> Sequence[StoreProblem]:
         """Nothing can go wrong with nothing."""
         return ()
+
+    def figures(self) -> StoreFigures:
+        """See `Keeper.figures`."""
+        return StoreFigures()
+
+    def stored(self, source: str) -> Stored | None:  # noqa: ARG002
+        """See `Keeper.stored`."""
+        return None

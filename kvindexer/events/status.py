@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvindexer.events.keeping import Stored
 from kvindexer.types import SourceSpec
 
 
@@ -41,3 +42,5 @@ class SourceReport(NamedTuple):
     orphans: int
     poison: int
     blocks: tuple[int, int, int, int]
+    stored: Stored | None = None
+    """What the durable copy held of it when it was last looked at."""

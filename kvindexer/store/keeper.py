@@ -24,12 +24,13 @@ from typing import Final
 from xxhash import xxh3_128_digest
 
 from kvindexer.errors import KvIndexerError, StoreError
-from kvindexer.events.keeping import Kept, StoreProblem
+from kvindexer.events.keeping import Kept, Stored, StoreFigures, StoreProblem
 from kvindexer.events.stream import Stream
 from kvindexer.index.seam import Change
 from kvindexer.settings import Settings
 from kvindexer.store.check import Checker
 from kvindexer.store.directory import Directory, Kind, Line, read_lines
+from kvindexer.store.figures import shards, stored
 from kvindexer.store.kept import KeptSource
 from kvindexer.store.layout import Found, UnreadableError, pack_spec, shard_tag, unpack_spec
 from kvindexer.store.server import Refusal, ShardServer
@@ -47,6 +48,7 @@ _STALE_STAGE_S: Final = 60
 _JOBS: Final = 4
 """Shards that are written or loaded at once."""
 _REASON_FOREIGN: Final = "foreign"
+_HINT: Final = "docs/redis.md says what the server needs"
 
 
 class RedisKeeper:
@@ -65,6 +67,8 @@ class RedisKeeper:
         """By what they are problems of: the connection, a shard, the server's condition."""
         self._replicas: tuple[str, ...] = (replica,)
         self._version: bytes | None = None
+        self._unfit: list[StoreProblem] = []
+        """The server's own condition."""
         self._changed = b""
         self._ending: dict[str, str] = {}
         """Shards of sources that were unregistered here, by tag."""
@@ -218,7 +222,26 @@ class RedisKeeper:
 
     def problems(self) -> Sequence[StoreProblem]:
         """See `Keeper.problems`."""
-        return list(self._problems.values())
+        return [*self._problems.values(), *self._unfit]
+
+    def figures(self) -> StoreFigures:
+        """See `Keeper.figures`."""
+        return StoreFigures(
+            str(self._settings.store).partition("://")[0],
+            self._reachable,
+            len(self._replicas),
+            self.writes,
+            self.records_written,
+            self.refusals,
+            self.checks,
+            self.divergences,
+            *shards(self._kept.values(), time.monotonic()),
+        )
+
+    def stored(self, source: str) -> Stored | None:
+        """See `Keeper.stored`."""
+        kept = self._kept.get(source)
+        return None if kept is None else stored(kept)
 
     def _share_out(self) -> None:
         """Divide the room for what waits among the sources, and the turns among the replicas."""
@@ -444,11 +467,26 @@ class RedisKeeper:
             return
         finally:
             kept.busy = False
+            if self._reachable:
+                await self._examine()
         self.checks += verdict is not None
         if verdict is not None and verdict.differing and not kept.dropped:
             self.divergences += 1
             kept.shard.divergent = True
             _log.warning("source %s: %d records differ between memory and store", kept.source, verdict.differing)
+    async def _examine(self) -> None:
+        """Look at the server's own condition."""
+        try:
+            found = await self._server.examine()
+        except StoreError as error:
+            self._trouble("condition", error)
+            return
+        self._relief("condition")
+        unfit = [StoreProblem(problem.reason, problem.message, _HINT) for problem in found]
+        if unfit != self._unfit:
+            self._unfit = unfit
+            _log.warning("the store: %s", "; ".join(one.message for one in unfit) or "the server is fit again")
+
             self._wake.set()
 
     # Problems

@@ -14,6 +14,7 @@ from redis.exceptions import ResponseError
 
 from kvindexer.errors import StoreError
 from kvindexer.store import scripts
+from kvindexer.store.condition import Problem, examine
 from kvindexer.store.connect import MAX_CONNECTIONS, Client
 from kvindexer.store.failures import HINTS, asking
 from kvindexer.store.layout import (
@@ -200,6 +201,11 @@ class ShardServer:
             await self._client.delete(self.names.hold(tag))
 
     # All of the deployment
+
+    async def examine(self) -> list[Problem]:
+        """What of the server's own condition is a danger to our keys."""
+        async with self._slots, asking(self._budget_s):
+            return await examine(self._client)
 
     async def beat(self, replica: str, forget_after_s: int) -> Beat:
         """Say that we are alive; learn who else is, and whether the directory has changed."""
