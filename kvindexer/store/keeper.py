@@ -478,6 +478,17 @@ class RedisKeeper:
         """Look at the server's own condition."""
         try:
             found = await self._server.examine()
+        except StoreError:
+            return  # the beat says so as well, and for how long
+        unfit = [StoreProblem(problem.reason, problem.message, _HINT) for problem in found]
+        if unfit != self._unfit:
+            self._unfit = unfit
+            _log.warning("the store: %s", "; ".join(one.message for one in unfit) or "the server is fit again")
+
+    async def _examine(self) -> None:
+        """Look at the server's own condition."""
+        try:
+            found = await self._server.examine()
         except StoreError as error:
             self._trouble("condition", error)
             return
