@@ -43,8 +43,8 @@ from kvindexer.store.server import ShardServer
 
 _log = logging.getLogger(__name__)
 
-DESCRIPTORS_A_SOURCE: Final = 6
-"""SUB, its monitor's two ends, the TCP connection, and now and then a replay with its own."""
+DESCRIPTORS_A_SOURCE: Final = 8
+"""SUB, its monitor's two ends, the TCP connection, a replay with its own, and room for its successor."""
 SPARE_DESCRIPTORS: Final = 1024
 GC_THRESHOLDS: Final = (50_000, 20, 100)
 """The index is dictionaries of integers, which hold no cycles: looking for some every 700 objects costs a fifth of

@@ -14,7 +14,8 @@ import zmq
 
 from kvindexer.errors import RequestError, WireError
 from kvindexer.events.follower import Follower
-from kvindexer.events.sockets import Wiring, is_readable, seq_and_payload, subscription_socket
+from kvindexer.events.pump import is_readable
+from kvindexer.events.sockets import Wiring, seq_and_payload, subscription_socket
 from kvindexer.events.wire import batch_rank
 
 

@@ -14,7 +14,8 @@ from zmq.utils.monitor import parse_monitor_message
 
 from kvindexer.errors import RequestError
 from kvindexer.events.follower import Follower
-from kvindexer.events.sockets import Wiring, is_readable, seq_and_payload, subscription_socket
+from kvindexer.events.pump import is_readable
+from kvindexer.events.sockets import Wiring, seq_and_payload, subscription_socket
 
 REDIAL_AFTER_S: Final = 1.0
 _MONITORED: Final = (
@@ -75,7 +76,7 @@ class DialledSource:
                 follower.act(follower.stream.connected(now))
             elif event == zmq.EVENT_DISCONNECTED:
                 self._down_at = now
-                follower.act(follower.stream.disconnected(now))
+                follower.disconnected(now)
             else:
                 self._down_at = None  # libzmq is dialling again by itself
 

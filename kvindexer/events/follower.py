@@ -52,6 +52,12 @@ class Follower:
         """A live message."""
         self.act(self.stream.frame(seq, payload, time.monotonic()))
 
+    def disconnected(self, now: float) -> None:
+        """The transport is down: what answers replays next may be another life."""
+        if self._replay_endpoint is not None:
+            self._replays.dealers.hang_up(self._replay_endpoint)
+        self.act(self.stream.disconnected(now))
+
     def act(self, actions: Iterable[Action]) -> None:
         """Do what the machine says."""
         for action in actions:
@@ -90,3 +96,5 @@ class Follower:
         """Nothing of this source is applied after this."""
         self.closed = True
         self._stop_replay()
+        if self._replay_endpoint is not None:
+            self._replays.dealers.hang_up(self._replay_endpoint)

@@ -1,4 +1,4 @@
-"""The ZMQ side of a replay: one DEALER a request, opened on demand and closed behind it.
+"""The ZMQ side of a replay: one request at a time on a DEALER, dialled on demand.
 
     request    b"", start seq (8 bytes, big-endian)
     answers    b"", [topic], seq, payload       topic since vLLM 0.26; counted from the end, both read alike
@@ -6,6 +6,9 @@
 
 The socket has no high-water mark, for with one the publisher's ROUTER drops answers to a reader that is slow for a
 moment; the bytes of a replay have a budget instead.
+
+Invariant: answers name no request, so a socket is used again only if its last answer came to its end and nothing
+behind it; after a timeout, a cancelled request, garbage or a disconnect of the source it is closed.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from typing import Final, Protocol
 
 import zmq
 
-from kvindexer.events.pump import Pumps
+from kvindexer.events.pump import Pumps, is_readable
 
 END: Final = b"\xff" * 8
+KEPT_FOR_S: Final = 30.0
+"""An unused connection is closed before anything on the way (NAT, load balancers) forgets it without a word."""
 _FEWEST_FRAMES: Final = 3
 _SEQ_BYTES: Final = 8
 
@@ -47,12 +52,7 @@ class Replay:
 
     def open(self) -> None:
         """Connect and ask."""
-        socket = self._replays.context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.IPV6, 1)
-        socket.setsockopt(zmq.MAXMSGSIZE, self._replays.max_message_bytes)
-        socket.connect(self.endpoint)
+        socket = self._replays.dealers.take(self.endpoint, time.monotonic())
         socket.send_multipart([b"", self._start.to_bytes(_SEQ_BYTES, "big")], flags=zmq.NOBLOCK)
         self._socket = socket
         self.heard_at = time.monotonic()
@@ -90,9 +90,71 @@ class Replay:
             else:
                 self._reader.replay_frame(int.from_bytes(frames[-2], "big"), frames[-1])
 
+    def release(self) -> None:
+        """The answer came to its end: leave the socket to the next request."""
+        if self._socket is not None:
+            self._replays.pumps.unwatch(self._socket, self)
+            self._replays.dealers.keep(self.endpoint, self._socket, time.monotonic())
+            self._socket = None
+
     def over(self, failure: str | None) -> None:
         """Tell the reader."""
         self._reader.replay_over(failure)
+
+
+class Dealers:
+    """DEALER sockets by replay endpoint: dialled, or kept open from the last request, at most one each.
+
+    A probe on an open connection costs half of one that dials.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], *, max_message_bytes: int, max_kept: int) -> None:
+        self._context = context
+        self._max_message_bytes = max_message_bytes
+        self._max_kept = max_kept
+        self._kept: dict[str, tuple[zmq.Socket[bytes], float]] = {}
+
+    def __len__(self) -> int:
+        """How many are kept."""
+        return len(self._kept)
+
+    def take(self, endpoint: str, now: float) -> zmq.Socket[bytes]:
+        """A socket on which nothing has been asked that is not answered.  Raises ZMQError."""
+        socket, since = self._kept.pop(endpoint, (None, now))
+        if socket is not None:
+            if now - since < KEPT_FOR_S and not is_readable(socket):
+                return socket
+            socket.close()
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, self._max_message_bytes)
+        socket.connect(endpoint)
+        return socket
+
+    def keep(self, endpoint: str, socket: zmq.Socket[bytes], now: float) -> None:
+        """The last answer on it came to its end; without room for it, or with something behind the end: close it."""
+        if endpoint in self._kept or len(self._kept) >= self._max_kept or is_readable(socket):
+            socket.close()
+        else:
+            self._kept[endpoint] = socket, now
+
+    def hang_up(self, endpoint: str) -> None:
+        """Whoever answers there next may be somebody else."""
+        socket, _ = self._kept.pop(endpoint, (None, 0.0))
+        if socket is not None:
+            socket.close()
+
+    def tick(self, now: float) -> None:
+        """Close what has not been used for long."""
+        for endpoint in [endpoint for endpoint, (_, since) in self._kept.items() if now - since >= KEPT_FOR_S]:
+            self.hang_up(endpoint)
+
+    def close(self) -> None:
+        """Hang up everywhere."""
+        for endpoint in list(self._kept):
+            self.hang_up(endpoint)
 
 
 class Replays:
@@ -106,11 +168,11 @@ class Replays:
         max_concurrent: int,
         max_bytes: int,
         max_message_bytes: int,
+        max_kept: int,
         timeout_s: float,
     ) -> None:
-        self.context = context
+        self.dealers = Dealers(context, max_message_bytes=max_message_bytes, max_kept=max_kept)
         self.max_bytes = max_bytes
-        self.max_message_bytes = max_message_bytes
         self.pumps = pumps
         self._max_concurrent = max_concurrent
         self._timeout_s = timeout_s
@@ -135,11 +197,14 @@ class Replays:
 
     def tick(self, now: float) -> None:
         """End what has been silent for too long."""
+        self.dealers.tick(now)
         for replay in [replay for replay in self._running if now - replay.heard_at > self._timeout_s]:
             self.finish(replay, f"no answer from {replay.endpoint} in {self._timeout_s:g} s")
 
     def finish(self, replay: Replay, failure: str | None) -> None:
         """The replay is over, well or not."""
+        if failure is None:
+            replay.release()
         self.cancel(replay)
         replay.over(failure)
 
@@ -149,6 +214,7 @@ class Replays:
         for replay in self._running:
             replay.close()
         self._running.clear()
+        self.dealers.close()
 
     def _start_next(self) -> None:
         while self._waiting and len(self._running) < self._max_concurrent:

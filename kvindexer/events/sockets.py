@@ -64,11 +64,6 @@ def subscription_socket(context: zmq.Context[zmq.Socket[bytes]], settings: Subsc
     return socket
 
 
-def is_readable(socket: zmq.Socket[bytes]) -> bool:
-    """Whether a message is waiting; asking costs less than an exception that says no."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
-
-
 def seq_and_payload(frames: list[bytes]) -> tuple[int, bytes] | None:
     """Of `[topic, seq (8 bytes, big-endian), payload]`; None: it is something else."""
     if len(frames) != _FRAMES or len(frames[1]) != _SEQ_BYTES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import time
 from typing import Final
 
@@ -26,7 +27,10 @@ from kvindexer.types import SourceSpec
 _log = logging.getLogger(__name__)
 
 TICK_S: Final = 1.0
-_SOCKETS_A_SOURCE: Final = 3
+_SOCKETS_A_SOURCE: Final = 4
+"""SUB, its monitor's two ends, and the DEALER of a replay, kept open between probes."""
+_KEPT_SHARE: Final = 8
+"""One replay is kept open for so many descriptors that are allowed: at two each, a quarter of them at most."""
 _SPARE_SOCKETS: Final = 64
 
 
@@ -44,6 +48,7 @@ class Subscriber:
             max_concurrent=settings.max_concurrent_replays,
             max_bytes=settings.replay_max_bytes,
             max_message_bytes=settings.max_message_bytes,
+            max_kept=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _KEPT_SHARE,
             timeout_s=settings.replay_timeout_s,
         )
         self._bound: dict[str, BoundEndpoint] = {}
