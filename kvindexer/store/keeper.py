@@ -65,10 +65,10 @@ class RedisKeeper:
         self._wake = asyncio.Event()
         self._problems: dict[str, StoreProblem] = {}
         """By what they are problems of: the connection, a shard, the server's condition."""
-        self._replicas: tuple[str, ...] = (replica,)
-        self._version: bytes | None = None
         self._unfit: list[StoreProblem] = []
         """The server's own condition."""
+        self._replicas: tuple[str, ...] = (replica,)
+        self._version: bytes | None = None
         self._changed = b""
         self._ending: dict[str, str] = {}
         """Shards of sources that were unregistered here, by tag."""
@@ -453,27 +453,13 @@ class RedisKeeper:
 
     async def _check_loop(self) -> None:
         while True:
+            if self._reachable:
+                await self._examine()
             await asyncio.sleep(self._settings.store_check_interval_s)
             for kept in list(self._kept.values()):
                 if self._reachable and kept.dialled and not kept.dropped and not kept.busy and kept.shard.turn == 0:
                     await self._check(kept)
 
-    async def _check(self, kept: KeptSource) -> None:
-        kept.busy = True
-        try:
-            verdict = await self._checker.compare(kept)
-        except StoreError as error:
-            self._trouble(kept.source, error)
-            return
-        finally:
-            kept.busy = False
-            if self._reachable:
-                await self._examine()
-        self.checks += verdict is not None
-        if verdict is not None and verdict.differing and not kept.dropped:
-            self.divergences += 1
-            kept.shard.divergent = True
-            _log.warning("source %s: %d records differ between memory and store", kept.source, verdict.differing)
     async def _examine(self) -> None:
         """Look at the server's own condition."""
         try:
@@ -485,19 +471,20 @@ class RedisKeeper:
             self._unfit = unfit
             _log.warning("the store: %s", "; ".join(one.message for one in unfit) or "the server is fit again")
 
-    async def _examine(self) -> None:
-        """Look at the server's own condition."""
+    async def _check(self, kept: KeptSource) -> None:
+        kept.busy = True
         try:
-            found = await self._server.examine()
+            verdict = await self._checker.compare(kept)
         except StoreError as error:
-            self._trouble("condition", error)
+            self._trouble(kept.source, error)
             return
-        self._relief("condition")
-        unfit = [StoreProblem(problem.reason, problem.message, _HINT) for problem in found]
-        if unfit != self._unfit:
-            self._unfit = unfit
-            _log.warning("the store: %s", "; ".join(one.message for one in unfit) or "the server is fit again")
-
+        finally:
+            kept.busy = False
+        self.checks += verdict is not None
+        if verdict is not None and verdict.differing and not kept.dropped:
+            self.divergences += 1
+            kept.shard.divergent = True
+            _log.warning("source %s: %d records differ between memory and store", kept.source, verdict.differing)
             self._wake.set()
 
     # Problems
