@@ -247,13 +247,13 @@ class Shard:
     # What to do
 
     @property
-    def eager(self) -> bool:
-        """Whether it is our turn and so much has changed that a flush is worth it at once."""
-    @property
     def dirty_at(self) -> float | None:
         """When the oldest change happened that Redis has not got, as far as is known."""
         return self._dirty_at
 
+    @property
+    def eager(self) -> bool:
+        """Whether it is our turn and so much has changed that a flush is worth it at once."""
         return self.turn == 0 and self.pending_records >= EAGER_RECORDS
 
     def checkpoint(self, epoch: int) -> Checkpoint:
