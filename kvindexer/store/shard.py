@@ -27,6 +27,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
 from kvindexer.store.layout import Checkpoint, Coverage, Found, Meta, overfull
@@ -99,6 +100,9 @@ class Load(NamedTuple):
 
 Step = Wait | Flush | Rewrite | Load
 
+IN_STEP: Final = Wait("in step")
+"""Redis holds all that we hold."""
+
 
 class _Kin:
     """Whether Redis' checkpoint lies on our stream."""
@@ -119,6 +123,7 @@ _DOUBTS: Final = {
 class _Batch(NamedTuple):
     digest: bytes
     touched: array[int]
+    at: float
 
 
 class Shard:
@@ -151,7 +156,7 @@ class Shard:
         """Records that changed without a message of this source."""
         self.pending_bytes = 0
         self.pending_records = 0
-        self._dirty_at: float | None = None
+        self._amended_at = 0.0
         self._trouble_at: float | None = None
         self.remote: Found | None = None
         self._remote_since = 0.0
@@ -165,17 +170,16 @@ class Shard:
 
     def applied(self, seq: int, digest: bytes, touched: array[int], now: float) -> None:
         """A message went into the index."""
-        self._journal[seq + 1] = _Batch(digest, touched)
+        self._journal[seq + 1] = _Batch(digest, touched, now)
         self.pending_records += len(touched)
         self.pending_bytes += _MESSAGE_BYTES + 8 * len(touched)
-        self._dirty_at = self._dirty_at if self._dirty_at is not None else now
         while self.pending_bytes > self.max_pending_bytes and self._journal:
             self._forget_oldest()
 
     def amended(self, touched: Iterable[int], now: float) -> None:
         """Records of this source changed through a message of another one."""
+        self._amended_at = self._amended_at if self._amended else now
         self._amended.update(touched)
-        self._dirty_at = self._dirty_at if self._dirty_at is not None else now
 
     def new_life(self) -> None:
         """The engine was proven to live another life; what died with the old one is withdrawn."""
@@ -208,7 +212,7 @@ class Shard:
         self._amended.clear()
         self.base, self._base_digest = 0, b""
         self.pending_bytes = self.pending_records = 0
-        self._dirty_at = self._trouble_at = None
+        self._trouble_at = None
 
     # What Redis says
 
@@ -220,7 +224,7 @@ class Shard:
             self._remote_since = now
         meta = found.meta
         if meta is not None and meta.checkpoint.epoch == self.epoch and self._kin(meta.checkpoint) is _Kin.SAME:
-            self._trim(meta.checkpoint.next, now)
+            self._trim(meta.checkpoint.next)
 
     def stored(self, meta: Meta, now: float) -> None:
         """A flush or rewrite of ours is in Redis."""
@@ -229,14 +233,13 @@ class Shard:
         self._remote_since = now
         self._trouble_at = None
         self.divergent = False
-        self._trim(meta.checkpoint.next, now)
+        self._trim(meta.checkpoint.next)
 
-    def _trim(self, upto: int, now: float) -> None:
+    def _trim(self, upto: int) -> None:
         """What is in Redis needs no journal any more."""
         while self._journal and next(iter(self._journal)) <= upto:
             self._forget_oldest()
         self.base = max(self.base, upto)
-        self._dirty_at = now if self._journal or self._amended else None
 
     def _forget_oldest(self) -> None:
         self.base, batch = self._journal.popitem(last=False)
@@ -249,7 +252,8 @@ class Shard:
     @property
     def dirty_at(self) -> float | None:
         """When the oldest change happened that Redis has not got, as far as is known."""
-        return self._dirty_at
+        times = [batch.at for batch in islice(self._journal.values(), 1)]
+        return min([*times, self._amended_at] if self._amended else times, default=None)
 
     @property
     def eager(self) -> bool:
@@ -300,7 +304,7 @@ class Shard:
         if kin is _Kin.SAME or (kin is _Kin.UNKNOWN and self.epoch == theirs.epoch):
             if self.epoch != theirs.epoch:
                 self.epoch = theirs.epoch
-                self._trim(theirs.next, now)
+                self._trim(theirs.next)
             return self._go_on(meta, now)
         proven = self._up_to_date and kin is not _Kin.UNKNOWN
         if not proven and (kin is _Kin.AHEAD or not self._stagnant(now)):
@@ -326,7 +330,7 @@ class Shard:
                 return self._rewrite(theirs.epoch, theirs.epoch, why, now)
         if self._local.next_seq == theirs.next and not self._amended:
             self._trouble_at = None
-            return Wait("in step")
+            return IN_STEP
         return Flush(theirs.next, self.changed_since(theirs.next)) if due else Wait("more may come")
 
     def _behind_better(self, theirs: Checkpoint, mine: Coverage, now: float) -> Step:
@@ -346,7 +350,7 @@ class Shard:
         return Rewrite(expected, epoch, accept_less, why)
 
     def _due(self, now: float) -> bool:
-        waited_s = now - (self._dirty_at if self._dirty_at is not None else now)
+        waited_s = 0.0 if self.dirty_at is None else now - self.dirty_at
         return self.eager or waited_s >= self._flush_interval_s + self.turn * self._takeover_s
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvindexer.errors import StoreError
@@ -42,10 +42,13 @@ _LARGEST: Final = 0xFFFFFFFF
 class Writing:
     """Flushes, rewrites and loads of all shards of one replica."""
 
-    def __init__(self, server: ShardServer, index: Index, replica: str) -> None:
+    def __init__(
+        self, server: ShardServer, index: Index, replica: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._server = server
         self._index = index
         self._replica = replica
+        self._clock = clock
 
     async def flush(self, kept: KeptSource, step: Flush) -> Refusal | None:
         """Write what has changed.  Raises StoreError."""
@@ -59,16 +62,16 @@ class Writing:
             author = kept.author(self._replica)
             answer = await self._server.flush(kept.tag, author, base=step.base, upto=upto, facts=facts, packed=packed)
         except StoreError:
-            shard.amended(amended, time.monotonic())
+            shard.amended(amended, self._clock())
             raise
         if isinstance(answer, Refusal):
-            shard.amended(amended, time.monotonic())
+            shard.amended(amended, self._clock())
             return answer
         if not kept.dropped:
             written = meta._replace(
                 checkpoint=upto._replace(birth=meta.checkpoint.birth), entries=answer, facts=facts
             )
-            shard.stored(written, time.monotonic())
+            shard.stored(written, self._clock())
         return None
 
     async def rewrite(self, kept: KeptSource, step: Rewrite) -> Refusal | None:
@@ -95,7 +98,7 @@ class Writing:
                 if isinstance(staged, Refusal):
                     return staged
                 if kept.dropped or kept.life != life or pieces < 0:
-                    shard.amended(amended, time.monotonic())
+                    shard.amended(amended, self._clock())
                     return Refusal.LOST
             hashes = self._collected(kept)
         upto = shard.checkpoint(step.epoch)
@@ -112,14 +115,14 @@ class Writing:
             accept_less=step.accept_less,
         )
         if isinstance(answer, Refusal):
-            shard.amended(amended, time.monotonic())
+            shard.amended(amended, self._clock())
             return answer
         if not kept.dropped and kept.life == life:
             written = Meta(
                 upto, generation, buckets, answer, facts, self._replica, kept.source, kept.packed_spec,
                 shard.registration,
             )  # fmt: skip
-            shard.stored(written, time.monotonic())
+            shard.stored(written, self._clock())
             kept.stream.epoch = Epoch(step.epoch)
         _log.info("source %s: %d records written to the store (%s)", kept.source, answer, step.why)
         if before is not None:
@@ -182,7 +185,7 @@ class Writing:
         (found,) = await self._server.read([kept.tag])
         if isinstance(found, UnreadableError):
             raise found
-        kept.shard.read(found, time.monotonic())
+        kept.shard.read(found, self._clock())
         return found.meta
 
     async def _fill(self, kept: KeptSource, meta: Meta, *, hold: bool) -> int:
@@ -208,7 +211,7 @@ class Writing:
             checkpoint = checkpoint._replace(coverage=Coverage(0, _LARGEST))
         epoch, next_seq, digest, birth, coverage = checkpoint
         kept.stream.resume(Epoch(epoch), next_seq, digest, birth, coverage)
-        kept.shard.loaded(checkpoint, time.monotonic())
+        kept.shard.loaded(checkpoint, self._clock())
         _log.info("source %s: %d records loaded from the store, up to seq %d", kept.source, count, next_seq - 1)
 
 
