@@ -158,6 +158,26 @@ def test_a_rebuild_does_not_prove_what_its_messages_left_uncertain() -> None:
     assert (stream.sound, stream.complete) == (False, True)
 
 
+def test_a_restart_while_holes_are_open_is_a_new_epoch() -> None:
+    """A rebuild begins with the first message of a life; if that is another one now, so is the life."""
+    for life, epoch in ((1, 1), (2, 2)):
+        stream = followed(10)
+        stream.frame(12, payload(12), 1.0)
+        for _ in range(2):  # nobody has 10 and 11
+            stream.replay_frame(9, payload(9), 1.0)
+            stream.replay_frame(12, payload(12), 1.0)
+            stream.replay_end(1.0)
+        assert asked(stream.tick(9.0)) == [0]
+        actions = stream.replay_frame(0, payload(0, life), 9.0)
+        assert withdrawn(actions) == ["rebuild" if life == 1 else "new_life"]
+        seen = applied(actions) if life == 1 else applied(stream.replay_frame(0, payload(0, life), 9.0))
+        for seq in range(1, 13):
+            seen += applied(stream.replay_frame(seq, payload(seq, life), 9.0))
+        stream.replay_end(9.0)
+        assert seen == [payload(seq, life) for seq in range(13)]
+        assert (stream.sound, stream.complete, stream.epoch) == (True, True, epoch)
+
+
 def test_a_repeated_frame_that_found_no_room_is_no_new_life() -> None:
     stream = Stream(StreamSettings(held_max_frames=2))
     stream.start(0.0)

@@ -468,6 +468,8 @@ class Stream:
                 if not replay.from_zero:
                     self.why = f"joined late: the replay buffer begins at seq {seq}"
                 return list(bridge)
+            case Purpose.REBUILD if seq == 0 and self.birth not in (b"", digest):
+                return self._new_life("its first message is another one now") + self._ask(Purpose.SYNC, 0)
             case Purpose.REBUILD if seq == 0:
                 replay.from_zero = True
                 self.last_seq = self._doubted = None
