@@ -25,7 +25,7 @@ from kvindexer.index.engine import PyIndex
 from kvindexer.settings import Settings
 from kvindexer.store.connect import open_client
 from kvindexer.store.kept import KeptSource
-from kvindexer.store.layout import Found, Names
+from kvindexer.store.layout import Found, Names, shard_tag
 from kvindexer.store.server import ShardServer
 from kvindexer.store.shard import Flush, Load, Rewrite, Shard
 from kvindexer.store.turns import turn
@@ -197,9 +197,10 @@ class ReplicaMachine(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.now = 0.0
-        self.admin = Redis.from_url(_servers[0].url, protocol=2)
+        self.admin: Any = Redis.from_url(_servers[0].url, protocol=2)
         self.admin.flushall()
-        settings = Settings(**{"store": _servers[0].url, "store_timeout_s": 10})
+        values: dict[str, Any] = {"store": _servers[0].url, "store_timeout_s": 10}
+        settings = Settings(**values)
         self.server = ShardServer(open_client(settings), Names("kvindexer"), 10)
         self.engine = Engine()
         self.saved: dict[bytes, bytes] = {}
@@ -306,7 +307,7 @@ class ReplicaMachine(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        self.saved = {key: self.admin.dump(key) for key in self.admin.keys()}
+        self.saved = {key: self.admin.dump(key) for key in self.admin.keys(b"*")}
 
     @precondition(lambda self: self.saved)
     @rule()
