@@ -216,9 +216,7 @@ class ReplicaMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.tag = KeptSource(
-            SOURCE, SPEC, Stream(StreamSettings()), Shard(Stream(StreamSettings())), lambda: None
-        ).tag
+        self.tag = shard_tag(SOURCE, SPEC)
         self.replicas = {name: Replica(self, name) for name in NAMES}
 
     def teardown(self) -> None:
