@@ -73,6 +73,7 @@ class Directory:
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
         self._wanted: dict[str, Wanted] = {}
+        self._was_read = False
 
     def want(self, source: str, kind: Kind, spec: bytes) -> None:
         """Something was registered or unregistered here."""
@@ -85,8 +86,8 @@ class Directory:
             self.want(source, Kind.LOCAL, spec)
 
     def wanted(self) -> list[Wanted]:
-        """What has to be written."""
-        return list(self._wanted.values())
+        """What has to be written; before the directory was read, nothing that may stand there better already."""
+        return [wanted for wanted in self._wanted.values() if self._was_read or wanted.kind is not Kind.LOCAL]
 
     def written(self, wanted: Wanted, generation: int) -> None:
         """It is there, as this generation."""
@@ -101,6 +102,12 @@ class Directory:
 
     def merge(self, found: Mapping[str, Line]) -> list[tuple[str, Line]]:
         """Compare with what Redis has: returns its news, and wants what it has lost."""
+        self._was_read = True
+        for source, line in found.items():
+            wanted = self._wanted.get(source)
+            registered = line.kind is Kind.REGISTERED
+            if wanted is not None and wanted.kind is Kind.LOCAL and registered and wanted.spec == line.spec:
+                del self._wanted[source]
         news = [(source, line) for source, line in found.items() if line.generation > self.generation(source)]
         for source, line in news:
             self._keep(source, line)

@@ -34,7 +34,7 @@ from kvindexer.store.figures import shards, stored
 from kvindexer.store.kept import KeptSource
 from kvindexer.store.layout import Found, UnreadableError, pack_spec, shard_tag, unpack_spec
 from kvindexer.store.server import Refusal, ShardServer
-from kvindexer.store.shard import Flush, Load, Rewrite, Shard, Step, Wait
+from kvindexer.store.shard import IN_STEP, Flush, Load, Rewrite, Shard, Step, Wait
 from kvindexer.store.turns import turn
 from kvindexer.store.writing import Writing
 from kvindexer.types import Epoch, SourceSpec
@@ -47,6 +47,8 @@ _STALE_STAGE_S: Final = 60
 """After so many seconds nobody is going on with what was staged."""
 _JOBS: Final = 4
 """Shards that are written or loaded at once."""
+_SOON_S: Final = 3600.0
+"""At the end nothing waits for more to come."""
 _REASON_FOREIGN: Final = "foreign"
 _HINT: Final = "docs/redis.md says what the server needs"
 
@@ -63,6 +65,8 @@ class RedisKeeper:
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs = asyncio.Semaphore(_JOBS)
         self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
+        """Something was registered here: the beat need not wait."""
         self._problems: dict[str, StoreProblem] = {}
         """By what they are problems of: the connection, a shard, the server's condition."""
         self._unfit: list[StoreProblem] = []
@@ -95,7 +99,7 @@ class RedisKeeper:
             yield known
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.shutdown_grace_s):
-                    await self._flush_all()
+                    await self._finish()
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -111,13 +115,19 @@ class RedisKeeper:
             self._trouble("connection", error)
             return ()
 
-    async def _flush_all(self) -> None:
-        """The last changes, if Redis takes them: whoever starts next need not replay them."""
+    async def _finish(self) -> None:
+        """What was registered last, and the last changes, if Redis takes them: whoever starts next begins there."""
         if not self._reachable:
             return
-        steps = [(kept, kept.shard.decide(time.monotonic() + 3600)) for kept in self._kept.values() if not kept.busy]
-        jobs = [self._do(kept, step) for kept, step in steps if isinstance(step, Flush) and kept.shard.turn == 0]
+        with suppress(StoreError):
+            await self._publish()
+        jobs = [self._last_flush(kept) for kept in self._kept.values() if not kept.busy and kept.shard.turn == 0]
         await asyncio.gather(*jobs)
+
+    async def _last_flush(self, kept: KeptSource) -> None:
+        step = kept.shard.decide(time.monotonic() + _SOON_S)
+        if isinstance(step, Flush):
+            await self._do(kept, step)
 
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(work, name=f"kvindexer-store-{name}")
@@ -212,6 +222,7 @@ class RedisKeeper:
     def registered(self, source: str, spec: SourceSpec) -> None:
         """See `Keeper.registered`."""
         self._directory.want(source, Kind.REGISTERED, pack_spec(spec))
+        self._hurry.set()
 
     def unregistered(self, source: str) -> None:
         """See `Keeper.unregistered`."""
@@ -219,6 +230,7 @@ class RedisKeeper:
         if kept is not None:
             self._ending[kept.tag] = source
         self._directory.want(source, Kind.REMOVED, kept.packed_spec if kept is not None else b"")
+        self._hurry.set()
 
     def problems(self) -> Sequence[StoreProblem]:
         """See `Keeper.problems`."""
@@ -254,7 +266,10 @@ class RedisKeeper:
 
     async def _beat_loop(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.store_poll_interval_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.store_poll_interval_s):
+                    await self._hurry.wait()
+            self._hurry.clear()
             try:
                 await self._beat()
                 await self._publish()
@@ -286,7 +301,10 @@ class RedisKeeper:
     async def _publish(self) -> None:
         """Write what was registered and unregistered here."""
         for wanted in self._directory.wanted():
-            generation = await self._server.register(wanted.source, wanted.kind, wanted.spec, wanted.generation)
+            known = self._directory.generation(wanted.source)
+            generation = await self._server.register(
+                wanted.source, wanted.kind, wanted.spec, wanted.generation, known
+            )
             self._directory.written(wanted, generation)
             kept = self._kept.get(wanted.source)
             if kept is not None and wanted.kind is not Kind.REMOVED:
@@ -312,6 +330,8 @@ class RedisKeeper:
             if kept is not None:
                 kept.shard.registration = self._directory.generation(source)
             if spec is None or (kept is not None and kept.spec != spec):
+                if kept is not None:
+                    self._ending[kept.tag] = source  # ended already, but we may have written since
                 self._fleet.unregister_shared(source)
             if spec is None:
                 continue
@@ -403,14 +423,17 @@ class RedisKeeper:
                 kept.stream.epoch = Epoch(kept.shard.epoch)
             if isinstance(step, Wait):
                 kept.why = step.why
+                if step is IN_STEP:
+                    self._relief(kept.source)
                 continue
             kept.busy = True
-            self._spawn(self._work(kept, step), "write")
+            self._spawn(self._work(kept), "write")
 
-    async def _work(self, kept: KeptSource, step: Step) -> None:
+    async def _work(self, kept: KeptSource) -> None:
+        """Decide again when it is our turn, for what is written must be what is decided on."""
         async with self._jobs:
             try:
-                await self._do(kept, step)
+                await self._do(kept, kept.shard.decide(time.monotonic()))
             finally:
                 kept.busy = False
         if kept.shard.eager:

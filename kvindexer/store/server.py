@@ -220,10 +220,13 @@ class ShardServer:
             return answer
         raise StoreError("wrong_type", str(answer), HINTS["wrong_type"])
 
-    async def register(self, source: str, kind: str, spec: bytes, generation: int | None) -> int:
-        """Write a line of the directory; returns the generation of what stands there now."""
-        known = "" if generation is None else generation
-        answer = await self._script(scripts.REGISTER, [self.names.sources], source, kind, spec, known)
+    async def register(self, source: str, kind: str, spec: bytes, generation: int | None, known: int) -> int:
+        """Write a line of the directory; returns the generation of what stands there now.
+
+        Without a generation it gets one above all that are there, and above the one that is known.
+        """
+        again = "" if generation is None else generation
+        answer = await self._script(scripts.REGISTER, [self.names.sources], source, kind, spec, again, known)
         return int(cast("bytes", answer))
 
     async def _hashes(self, keys: Sequence[str]) -> list[Mapping[bytes, bytes] | BaseException]:

@@ -51,7 +51,7 @@ class Writing:
         self._clock = clock
 
     async def flush(self, kept: KeptSource, step: Flush) -> Refusal | None:
-        """Write what has changed.  Raises StoreError."""
+        """Write what has changed; to be called in the same breath as the decision.  Raises StoreError."""
         shard, index = kept.shard, self._index
         meta = _content(kept)
         amended = shard.take_amendments()
@@ -77,10 +77,15 @@ class Writing:
     async def rewrite(self, kept: KeptSource, step: Rewrite) -> Refusal | None:
         """Write everything anew and put it in the place of what is there.  Raises StoreError."""
         kept.collected = set()
+        amended = kept.shard.take_amendments()
+        refusal: Refusal | None = Refusal.LOST
         try:
-            return await self._rewrite(kept, step)
+            refusal = await self._rewrite(kept, step)
         finally:
             kept.collected = None
+            if refusal is not None:
+                kept.shard.amended(amended, self._clock())
+        return refusal
 
     async def _rewrite(self, kept: KeptSource, step: Rewrite) -> Refusal | None:
         shard, index, server, life = kept.shard, self._index, self._server, kept.life
@@ -88,7 +93,6 @@ class Writing:
         before = shard.remote.meta if shard.remote is not None else None
         hashes: Sequence[int] = index.hashes(kept.source)
         generation, buckets = secrets.token_hex(4), buckets_for(len(hashes))
-        amended = shard.take_amendments()
         begin, pieces = True, len(hashes) // PIECE_RECORDS + _MOST_PIECES_BEHIND
         while len(hashes) > PIECE_RECORDS or begin:
             for start in range(0, len(hashes), PIECE_RECORDS) or (0,):
@@ -98,7 +102,6 @@ class Writing:
                 if isinstance(staged, Refusal):
                     return staged
                 if kept.dropped or kept.life != life or pieces < 0:
-                    shard.amended(amended, self._clock())
                     return Refusal.LOST
             hashes = self._collected(kept)
         upto = shard.checkpoint(step.epoch)
@@ -115,7 +118,6 @@ class Writing:
             accept_less=step.accept_less,
         )
         if isinstance(answer, Refusal):
-            shard.amended(amended, self._clock())
             return answer
         if not kept.dropped and kept.life == life:
             written = Meta(

@@ -1,6 +1,7 @@
 -- Writes one line of the directory of sources.  KEYS[1]: '{namespace}:sources'.
 -- A line is '<generation>:<kind>:<spec>'; the line with the higher generation is the newer one, whoever brings it.
--- ARGV: source, kind, spec, generation ('' for a new one, otherwise: publish again what may have been lost)
+-- ARGV: source, kind, spec, generation ('' for a new one, otherwise: publish again what may have been lost),
+--       the newest generation of the source that the caller knows: a new one is above it, whatever is lost here
 -- Answers: the line's generation, as text
 
 local lines, source, kind, spec = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
@@ -9,10 +10,10 @@ local known_generation = known and tonumber(string.match(known, '^(%d+):')) or 0
 local counter = tonumber(redis.call('HGET', lines, '#generation') or '0')
 local generation
 if ARGV[4] == '' then
-  if known == string.format('%d', known_generation) .. ':' .. kind .. ':' .. spec then
+  if known == string.format('%d', known_generation) .. ':' .. kind .. ':' .. spec and known_generation >= tonumber(ARGV[5]) then
     return string.format('%d', known_generation)
   end
-  generation = math.max(counter, known_generation) + 1
+  generation = math.max(counter, known_generation, tonumber(ARGV[5])) + 1
 else
   generation = tonumber(ARGV[4])
   if known_generation >= generation then
