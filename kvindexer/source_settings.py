@@ -33,8 +33,11 @@ HIDDEN: Final = "**********"
 SHOWN_CHARACTERS: Final = 200
 """Longest piece of an unusable value that an error repeats."""
 
+MAX_ALIAS: Final = 1024
+"""Longest alias of an instance."""
+
 _FIELDS: Final = tuple(SourceSpec.__dataclass_fields__)
-_LISTS: Final = frozenset({"readers", "durable_tiers"})
+_LISTS: Final = frozenset({"readers", "durable_tiers", "aliases"})
 _SECRETS: Final = frozenset({"additional_salt"})
 _ADAPTER: Final = TypeAdapter(SourceSpec)
 
@@ -95,6 +98,7 @@ def check_source(spec: SourceSpec, key: str) -> None:
             set(spec.durable_tiers) <= set(TIER_NAMES),
             f"names of tiers: {', '.join(TIER_NAMES)}",
         ),
+        ("aliases", spec.aliases, all(0 < len(name) <= MAX_ALIAS for name in spec.aliases), "names, none of them empty"),
     ]
     for name, value, good, expected in rules:
         if not good:

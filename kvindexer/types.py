@@ -96,3 +96,5 @@ class SourceSpec:
     """Whether AllBlocksCleared also empties the tiers below the GPU."""
     durable_tiers: tuple[str, ...] = ("disk", "remote")
     """Tiers whose entries survive a restart of the engine (shown as unverified until announced again)."""
+    aliases: tuple[str, ...] = ()
+    """Further names that callers may give the instance: an address, a URL, the name of its pod."""

@@ -46,6 +46,13 @@ class FakeFleet:
     def __post_init__(self) -> None:
         self.registry = Registry()
 
+    @property
+    def generation(self) -> int:
+        return self.registry.generation
+
+    def specs(self) -> list[SourceSpec]:
+        return [spec for _, spec in self.registry]
+
     def register(self, spec: SourceSpec) -> bool:
         source = self.registry.register(spec)
         if source is None:

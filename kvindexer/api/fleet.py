@@ -20,6 +20,13 @@ class Fleet(Protocol):
     def ready(self) -> bool:
         """Whether every source known at start is in sync, or has had its time; once true, always true."""
 
+    @property
+    def generation(self) -> int:
+        """Grows whenever `specs` changes; cheap."""
+
+    def specs(self) -> Sequence[SourceSpec]:
+        """What is registered: sources, and the HTTP addresses of engines that list theirs."""
+
     def register(self, spec: SourceSpec) -> bool:
         """Follow a source; False if just this is registered already.  Raises RequestError or ConflictError."""
 

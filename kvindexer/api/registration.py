@@ -53,6 +53,9 @@ class Registration(msgspec.Struct, kw_only=True):
     speculative_blocks: Rank = _DEFAULT.speculative_blocks
     clear_lower_tiers: bool = _DEFAULT.clear_lower_tiers
     durable_tiers: Annotated[tuple[Text, ...], Meta(max_length=8)] = _DEFAULT.durable_tiers
+    aliases: Annotated[
+        tuple[Name, ...], Meta(max_length=64, description="Further names of the instance, for `candidates`.")
+    ] = _DEFAULT.aliases
 
 
 class Unregistration(msgspec.Struct, kw_only=True):
@@ -95,6 +98,7 @@ def source_of(body: Registration) -> SourceSpec:
         speculative_blocks=body.speculative_blocks,
         clear_lower_tiers=body.clear_lower_tiers,
         durable_tiers=body.durable_tiers,
+        aliases=body.aliases,
     )
     try:
         check_source(spec, "source")

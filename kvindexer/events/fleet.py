@@ -89,6 +89,7 @@ class LiveFleet:
         """Answers to `status`, until something changes; every tick does, which keeps `verified_ms` fresh."""
         self._subscriber: Subscriber | None = None
         self._listings: dict[str, Listing] = {}
+        self._listing_changes = 0
         self._awaited: set[str] = set()
         self._ready = False
         self._started_at = time.monotonic()
@@ -145,6 +146,15 @@ class LiveFleet:
         known = self._sources.get(name)
         return known is None or known.stream.synced
 
+    @property
+    def generation(self) -> int:
+        """Grows whenever `specs` changes."""
+        return self._registry.generation + self._listing_changes
+
+    def specs(self) -> list[SourceSpec]:
+        """What is registered: sources, and engines that list theirs."""
+        return [*(spec for _, spec in self._registry), *(listing.spec for listing in self._listings.values())]
+
     def register(self, spec: SourceSpec) -> bool:
         """Follow a source; False if just this is registered already.  Raises RequestError or ConflictError.
 
@@ -175,6 +185,7 @@ class LiveFleet:
             raise ConflictError(f"{spec.endpoint} is registered with other values", "unregister it first")
         self._registry.check_endpoint(spec.endpoint)
         self._listings[spec.endpoint] = Listing(spec, self._follow, self._forget)
+        self._listing_changes += 1
         return True
 
     def _forget(self, spec: SourceSpec) -> None:
@@ -249,6 +260,7 @@ class LiveFleet:
         for listing in listings:
             listing.cancel()
             del self._listings[listing.spec.endpoint]
+            self._listing_changes += 1
             self._keeper.unregistered(listing.spec.endpoint)
         removed = self._registry.unregister(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
         for source, _ in removed:
@@ -290,6 +302,7 @@ class LiveFleet:
         """See `Kept.unregister_shared`."""
         listing = self._listings.pop(source, None)
         if listing is not None:
+            self._listing_changes += 1
             listing.cancel()
             for listed in listing.sources:
                 self._forget(listed)

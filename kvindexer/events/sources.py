@@ -29,6 +29,8 @@ class Registry:
         self._bound = bind_endpoints
         self._max_sources = max_sources
         self._specs: dict[str, SourceSpec] = {}
+        self.generation = 0
+        """Grows with every source that comes or goes."""
 
     def __contains__(self, source: str) -> bool:
         return source in self._specs
@@ -65,6 +67,7 @@ class Registry:
         if len(self._specs) >= self._max_sources:
             raise TooLargeError("registered sources", len(self._specs) + 1, self._max_sources, "max_sources")
         self._specs[source] = spec
+        self.generation += 1
         return source
 
     def unregister(
@@ -88,10 +91,12 @@ class Registry:
         ]
         for source, _ in chosen:
             del self._specs[source]
+            self.generation += 1
         return chosen
 
     def remove(self, source: str) -> SourceSpec | None:
         """Remove one source; returns what it was registered as."""
+        self.generation += 1
         return self._specs.pop(source, None)
 
     def identity(self, spec: SourceSpec) -> str:
