@@ -10,7 +10,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from kvindexer.commands.tables import cell, console, table
+from kvindexer.commands.tables import cell, console, fitting_table, table
 from kvindexer.index import facts
 from kvindexer.source_settings import HIDDEN
 from kvindexer.store.directory import Kind
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 LEVELS: Final = ("lossy", "late", "complete")
 """Words for the levels of coverage."""
 _NAMES: Final = ("source", "instance", "model", "tenant", "kind", "writer", "generation", "coverage")
-_FIELDS: Final = {"owner": "ownership"}
 
 
 class Report(NamedTuple):
@@ -55,7 +54,7 @@ def show_sources(report: Report, listed: Sequence[Listed]) -> None:
         return
     out = console()
     if shown:
-        out.print(_sources_table(shown))
+        out.print(_sources_table(shown, out.width))
     entries = sum(one.meta.entries for one in shown if one.meta is not None)
     ended = f", {gone} unregistered" if gone else ""
     out.print(cell(f"{len(shown)} sources with {entries} entries in namespace {report.namespace}{ended}"))
@@ -66,19 +65,15 @@ def show_sources(report: Report, listed: Sequence[Listed]) -> None:
             out.print(cell(f"{one.source}: {one.problem}"))
 
 
-def _sources_table(listed: Sequence[Listed]) -> Table:
+def _sources_table(listed: Sequence[Listed], width: int) -> Table:
     tenants = len({one.spec.tenant for one in listed if one.spec is not None} | {"default"}) > 1
     names = ["source", "instance", "model", *(["tenant"] if tenants else []), "kind", "epoch", "seq", "coverage"]
     names += ["entries", "buckets", "generation", "writer"]
-    made = table(names, words=_NAMES)
+    rows = []
     for one in listed:
         values = _source(one)
-        made.add_row(*(cell(_short(values.get(name))) for name in names))
-    return made
-
-
-def _short(value: object) -> object:
-    return value["word"] if isinstance(value, dict) else value
+        rows.append({**values, "coverage": values["coverage"] and values["coverage"]["word"]})
+    return fitting_table(names, rows, width, words=_NAMES, dispensable=("writer", "generation", "buckets", "kind"))
 
 
 def _source(one: Listed) -> dict[str, Any]:
@@ -290,13 +285,12 @@ def show_holders(report: Report, keys: Sequence[int], found: Sequence[Held], sou
         return
     out = console()
     names = ("block key", "instance", "model", "rank", "group", "tier", "copies", "owner", "source")
-    made = table(names, words=("block key", "instance", "model", "tier", "owner", "source"))
+    lines: list[dict[str, Any]] = []
     for key, holders in rows.items():
-        for number, row in enumerate(holders or [{"instance": "nobody"}]):
-            made.add_row(
-                cell("" if number else _hex(key)), *(cell(row.get(_FIELDS.get(n, n), "")) for n in names[1:])
-            )
-    out.print(made)
+        for number, row in enumerate(holders or [dict.fromkeys(names, "") | {"instance": "nobody"}]):
+            lines.append({**row, "owner": row.get("ownership", ""), "block key": "" if number else _hex(key)})
+    words = ("block key", "instance", "model", "tier", "owner", "source")
+    out.print(fitting_table(names, lines, out.width, words=words, dispensable=("source", "owner", "group")))
     out.print(cell(f"{sources} sources of tenant {tenant} in namespace {report.namespace}"))
 
 

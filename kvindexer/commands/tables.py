@@ -13,10 +13,11 @@ from rich.text import Text
 from kvindexer.types import TIERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 PIPE_WIDTH: Final = 200
 """Columns where there is no terminal whose width could be asked."""
+_LEAST_CUT: Final = 12
 GOOD: Final = "green"
 DOUBTFUL: Final = "yellow"
 BAD: Final = "red"
@@ -55,6 +56,36 @@ def table(columns: Iterable[str], *, words: Iterable[str] = ()) -> Table:
             overflow="ellipsis" if place > 0 else "fold",
         )
     return made
+
+
+def fitting_table(
+    columns: Sequence[str],
+    rows: Sequence[Mapping[str, object]],
+    width: int,
+    *,
+    words: Iterable[str],
+    dispensable: Iterable[str],
+) -> Table:
+    """Return a table that fits: where it gets narrow, dispensable columns go, then the longest texts are cut."""
+    cells = {name: [cell(row.get(name)) for row in rows] for name in columns}
+    widths = {name: max(len(name), *(len(one) for one in cells[name]), 1) for name in columns}
+    for name in dispensable:
+        if _needed(widths) > width:
+            del widths[name]
+    while _needed(widths) > width and max(widths.values()) > _LEAST_CUT:
+        longest = max(widths, key=widths.__getitem__)
+        widths[longest] -= 1
+    made = table(widths, words=words)
+    for column, name in zip(made.columns, widths, strict=True):
+        column.min_width = column.max_width = widths[name]
+    for line in zip(*(cells[name] for name in widths), strict=True):
+        made.add_row(*line)
+    return made
+
+
+def _needed(widths: Mapping[str, int]) -> int:
+    """Columns of the terminal, with what stands between and beside those of the table."""
+    return sum(widths.values()) + len(widths) + 1
 
 
 def tier_cells(by_tier: Mapping[str, Any]) -> list[Text]:
