@@ -73,17 +73,31 @@ def open_keeper(settings: Settings) -> Keeper:
 class _Server(uvicorn.Server):
     """Uvicorn, with signals left to us: a stop by signal is a normal end."""
 
+    def __init__(self, config: uvicorn.Config, fleet: LiveFleet) -> None:
+        super().__init__(config)
+        self._fleet = fleet
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop gracefully at the first SIGTERM or SIGINT, at once at the second."""
+        """End after a farewell at SIGTERM, gracefully at SIGINT or the next signal, at once at one SIGINT more."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+        loop.add_signal_handler(signal.SIGTERM, self._farewell)
+        loop.add_signal_handler(signal.SIGINT, self.handle_exit, signal.SIGINT, None)
         try:
             yield
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+    def _farewell(self) -> None:
+        """Serve on until load balancers have seen that we leave, and end each connection with its next answer."""
+        delay_s = 0.0 if self._fleet.leaving else self._fleet.settings.drain_s
+        if delay_s:
+            _log.info("leaving in %g s", delay_s)
+            for headers in (self.config.encoded_headers, self.server_state.default_headers):
+                headers.append((b"connection", b"close"))
+        self._fleet.leaving = True
+        asyncio.get_running_loop().call_later(delay_s, self.handle_exit, signal.SIGTERM, None)
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
@@ -104,7 +118,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     async with fleet.running():
         host, port = listener.getsockname()[:2]
         _log.info("serving on http://%s:%d with %d sources", host, port, len(settings.sources))
-        await _Server(config).serve(sockets=[listener])
+        await _Server(config, fleet).serve(sockets=[listener])
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:

@@ -115,7 +115,17 @@ class Settings(BaseSettings):
     )
     shutdown_grace_s: Seconds = Field(
         default=5.0,
-        description="Seconds that open requests get to end after SIGTERM; then they are cut off.",
+        description="Seconds that open requests get to end at a stop; then they are cut off.",
+    )
+    drain_s: Annotated[float, BeforeValidator(_no_boolean)] = Field(
+        default=3.0,
+        ge=0,
+        le=MAX_SECONDS,
+        allow_inf_nan=False,
+        description=(
+            "Seconds after SIGTERM in which /ready is 503 and queries are still answered, so that load balancers "
+            "turn elsewhere first; 0: none."
+        ),
     )
 
     max_entries: Count = Field(

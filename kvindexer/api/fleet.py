@@ -18,7 +18,7 @@ class Fleet(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether every source known at start is in sync, or has had its time; once true, always true."""
+        """Whether every source known at start is in sync, or has had its time; once true, true until we leave."""
 
     @property
     def generation(self) -> int:

@@ -2,7 +2,7 @@
 
 /health is about truth, not about restarts: it is 200 as long as the process serves, and says `degraded` when a
 source is not live or not sound, or the durable copy has a problem.  /ready says whether to send queries here: 503
-until every source known at start is in sync or has had its time, 200 ever after.
+until every source known at start is in sync or has had its time, 200 from then on until the process is told to end.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from tempfile import TemporaryFile
@@ -45,8 +46,8 @@ class Child:
             raise CommandError(f"kvindexer {self.name} ended with exit code {code}", words.replace("\n", "\n  "))
 
     def stop(self) -> None:
-        """End it: politely, and after a while by force."""
-        self._process.terminate()
+        """End it: politely, and after a while by force.  SIGINT, for SIGTERM has a service take leave of others."""
+        self._process.send_signal(signal.SIGINT)
         try:
             self._process.wait(STOP_WITHIN_S)
         except subprocess.TimeoutExpired:

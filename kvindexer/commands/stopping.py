@@ -57,11 +57,11 @@ class Stop:
 
 
 def exit_with_stdin() -> None:
-    """Send ourselves SIGTERM when standard input ends, so that no child outlives a parent that was killed."""
+    """Send ourselves SIGINT when standard input ends, so that no child outlives a parent that was killed."""
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 4096):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch, name="standard input", daemon=True).start()

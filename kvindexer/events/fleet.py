@@ -92,6 +92,8 @@ class LiveFleet:
         self._listing_changes = 0
         self._awaited: set[str] = set()
         self._ready = False
+        self.leaving = False
+        """The process was told to end; it answers for a while yet, and asks for no more."""
         self._started_at = time.monotonic()
 
     @asynccontextmanager
@@ -131,12 +133,12 @@ class LiveFleet:
 
     @property
     def ready(self) -> bool:
-        """Every source known at start is in sync, or has had its time; once true, always true."""
+        """Every source known at start is in sync, or has had its time; once true, true until we leave."""
         if not self._ready:
             late = time.monotonic() - self._started_at >= self.settings.sync_deadline_s
             in_sync = all(self._in_sync(name) for name in self._awaited)
             self._ready = self._subscriber is not None and (late or in_sync)
-        return self._ready
+        return self._ready and not self.leaving
 
     def _in_sync(self, name: str) -> bool:
         """Whether a source, or all that an engine lists, is past its first synchronisation, or gone again."""
