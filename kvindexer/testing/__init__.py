@@ -12,6 +12,7 @@ Nothing here imports the rest of kvindexer. The fake is an independent judge: `F
 
 from __future__ import annotations
 
+from kvindexer.testing.balancer import Backend, Balancer
 from kvindexer.testing.block_pool import BlockPool
 from kvindexer.testing.dialects import Dialect, HashForm, Traits, Vllm
 from kvindexer.testing.engine import FakeEngine, PoolShape
@@ -28,6 +29,8 @@ from kvindexer.testing.traffic import ChatShape, ChatTraffic, TraceTraffic, Traf
 
 __all__ = [
     "AllBlocksCleared",
+    "Backend",
+    "Balancer",
     "BlockPool",
     "BlockRemoved",
     "BlockStored",
