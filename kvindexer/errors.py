@@ -6,7 +6,10 @@ KvIndexerError
 ├── RequestError             a caller of the HTTP API asked for something that can't be (has an HTTP status)
 │   ├── UnknownModelError        404
 │   ├── ConflictError            409: contradicts what is registered
-│   └── TooLargeError            413: beyond a limit that a setting names
+│   ├── TooLargeError            413: beyond a limit that a setting names
+│   ├── NoTokenizerError         422: a prompt as text, and nothing that makes tokens of this model's texts
+│   ├── PromptRefusedError       422: the model's tokenizer or chat template can't make tokens of this prompt
+│   └── TokenizerFailedError     503: there is a tokenizer, and it has no answer now
 ├── StoreError               Redis could not be asked, or refused; has a reason and a hint
 └── TraceError               a recording or trace file that can't be read: file, line and what was expected
 
@@ -84,6 +87,38 @@ class TooLargeError(RequestError):
             f"{what}: {size} is over the limit of {limit}",
             f"send less, or raise {setting}",
         )
+
+
+class NoTokenizerError(RequestError):
+    """Texts of the model can't become tokens."""
+
+    status = 422
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            "no_tokenizer",
+            f"there is no tokenizer for texts of model {model!r}",
+            "name the model in the setting tokenizers, or send tokens",
+        )
+
+
+class PromptRefusedError(RequestError):
+    """This prompt has no tokens; `why` never repeats a piece of it."""
+
+    status = 422
+
+    def __init__(self, why: str, hint: str = "send what the model's own server would take") -> None:
+        super().__init__("prompt_refused", why, hint)
+
+
+class TokenizerFailedError(RequestError):
+    """No answer, or none that can be believed; `reason` is a short fixed word for counters."""
+
+    status = 503
+
+    def __init__(self, reason: str, why: str, hint: str = "try again, or send tokens") -> None:
+        self.reason = reason
+        super().__init__("tokenizer_failed", why, hint)
 
 
 class StoreError(KvIndexerError):
