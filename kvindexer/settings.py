@@ -27,6 +27,7 @@ from kvindexer.errors import SettingsError
 from kvindexer.source_settings import HIDDEN, TIER_NAMES, check_source, parse_source, short, source_of
 from kvindexer.store.address import StoreAddress, read_address, without_password
 from kvindexer.store.password import password_in
+from kvindexer.tokenizer_settings import TokenizerSpec, key_of, read_tokenizers
 from kvindexer.types import SourceSpec
 
 if TYPE_CHECKING:
@@ -101,6 +102,11 @@ class Settings(BaseSettings):
         default=1_048_576,
         description="Longest prompt of a query in tokens; a longer one is answered with 413.",
     )
+    max_text_bytes: Bytes = Field(
+        default=8 * MIB,
+        description="Longest text of a query in bytes (`prompt`, or `messages` as JSON); a longer one is answered "
+        "with 413.",
+    )
     max_candidates: Count = Field(
         default=10_000,
         description="Most candidates that a query may name; more are answered with 413.",
@@ -108,6 +114,11 @@ class Settings(BaseSettings):
     max_concurrent_requests: Count = Field(
         default=256,
         description="Most requests worked on at once; more are answered with 503.",
+    )
+    max_concurrent_texts: Count = Field(
+        default=64,
+        description="Most queries with text that wait for their tokens at once, and at most half of "
+        "max_concurrent_requests; more are answered with 503.",
     )
     receive_timeout_s: Seconds = Field(
         default=10.0,
@@ -154,10 +165,47 @@ class Settings(BaseSettings):
         description="Worth of a block on each tier against 1.0; a tier that isn't named keeps its own.",
     )
 
+    tokenizers: Mapping[str, TokenizerSpec] = Field(
+        default={},
+        description="What makes tokens of texts, by model: a map with `path` or `engines` (see below).",
+    )
+    tokenizer_api_key: SecretStr | None = Field(
+        default=None,
+        description="Key that is sent to the engines of `tokenizers` as a bearer token.",
+    )
+    tokenizer_timeout_s: Seconds = Field(
+        default=5.0,
+        description="Seconds that a text may wait for its tokens; then the answer is 503.",
+    )
+    tokenizer_threads: Annotated[int, BeforeValidator(_no_boolean)] = Field(
+        default=2,
+        gt=0,
+        le=256,
+        description="Threads of each local tokenizer.",
+    )
+    tokenizer_connections: Annotated[int, BeforeValidator(_no_boolean)] = Field(
+        default=8,
+        gt=0,
+        le=1024,
+        description="Most requests at once to the engines of a model for tokens.",
+    )
+    tokenizer_answer_max_bytes: Bytes = Field(
+        default=64 * MIB,
+        description="Longest answer of an engine to a text in bytes; it may hold processed images.",
+    )
+    tokenizer_cache_bytes: Bytes = Field(
+        default=64 * MIB,
+        description="Most bytes of tokens kept for texts that come again.",
+    )
+    tokenizer_cache_ttl_s: Seconds = Field(
+        default=300.0,
+        description="Seconds that tokens of a text are kept: templates may hold the date, engines may be replaced.",
+    )
+
     allowed_endpoints: Annotated[tuple[str, ...], BeforeValidator(_from_text)] = Field(
         default=("tcp://*", "http://*", "https://*"),
         description="Patterns (* and ?) of which an endpoint must match one to be dialled; an http address is asked "
-        "for the publishers that the engine lists.",
+        "for the publishers that the engine lists, or for tokens.",
     )
     bind_endpoints: Annotated[tuple[str, ...], BeforeValidator(_from_text)] = Field(
         default=(),
@@ -300,6 +348,11 @@ class Settings(BaseSettings):
             raise ValueError("a list of sources")  # noqa: TRY004 - pydantic reports ValueError
         return tuple(_source(item, f"sources[{place}]") for place, item in enumerate(listed))
 
+    @field_validator("tokenizers", mode="before")
+    @classmethod
+    def _read_tokenizers(cls, value: object) -> object:
+        return read_tokenizers(_from_text(value))
+
     @field_validator("media")
     @classmethod
     def _known_tiers(cls, value: Mapping[str, str]) -> Mapping[str, str]:
@@ -327,6 +380,11 @@ class Settings(BaseSettings):
                 value = getattr(self, larger)
                 raise SettingsError(larger, value, f"at least {smaller}, which is {getattr(self, smaller)}")
         self._one_password()
+        for model, tokenizer in self.tokenizers.items():
+            for url in tokenizer.engines:
+                if not self.allows(url):
+                    expected = f"a match of allowed_endpoints {self.allowed_endpoints}"
+                    raise SettingsError(f"{key_of(model)}.engines", url, expected)
         dialled: dict[str, SourceSpec] = {}
         for place, spec in enumerate(self.sources):
             key = f"sources[{place}].endpoint"

@@ -5,8 +5,8 @@
     chat_template.jinja        the chat template, before that in tokenizer_config.json; or chat_template.json
     additional_chat_templates/*.jinja   further templates by name, `tool_use` for chats with tools
 
-Everything is read once, at start.  Texts are worked on in a few threads: the library lets go of the interpreter while
-it works, so queries go on meanwhile.
+Everything is read once, at start.  Texts are worked on in a few threads of their own: the library lets go of the
+interpreter while it works, so queries go on meanwhile.
 """
 
 from __future__ import annotations
@@ -45,25 +45,26 @@ class UnusableTokenizerError(KvIndexerError):
 
 
 class LocalTokenizer:
-    """A tokenizer and its chat template, in memory; `executor` is shared with others and not ours to end."""
+    """A tokenizer and its chat template, in memory."""
 
-    def __init__(self, directory: Path, executor: ThreadPoolExecutor, chat_template: Path | None = None) -> None:
+    def __init__(self, directory: Path, chat_template: Path | None = None, *, threads: int = 1) -> None:
         """Read the files.  Raises UnusableTokenizerError."""
         if directory.name == TOKENIZER:
             directory = directory.parent
-        self._executor = executor
         self._tokenizer = _load(directory / TOKENIZER)
         config = _json(directory / CONFIG)
         self._special_tokens = {name: text for name in SPECIAL_TOKENS if (text := _token(config.get(name)))}
         self._first = self._beginning(config.get("add_bos_token"))
         self._template = _template(directory, config, chat_template, self._special_tokens)
+        self._executor = ThreadPoolExecutor(threads, "kvindexer-tokenizer")
 
     async def tokenize(self, text: Text) -> Tokenized:
         """See `Tokenizer.tokenize`."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._tokenize, text)
 
     async def close(self) -> None:
-        """See `Tokenizer.close`."""
+        """See `Tokenizer.close`.  A text that is being worked on can't be stopped; nobody waits for it."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _tokenize(self, text: Text) -> Tokenized:
         match text:
