@@ -10,7 +10,7 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Written:
     def __init__(self, url: str) -> None:
         self.url = url
         self.index = PyIndex()
-        self._generation = 0
+        self.generation = 0
 
     def source(self, spec: SourceSpec, *payloads: bytes) -> str:
         """A source that has sent these messages."""
@@ -85,8 +85,8 @@ class Written:
         hashes = self.index.hashes(name)
         buckets = buckets_for(len(hashes))
         records = pack_records(hashes, self.index.records(name, hashes), buckets)
-        self._generation += 1
-        generation = f"{self._generation:08x}"
+        self.generation += 1
+        generation = f"{self.generation:08x}"
         assert not isinstance(await server.stage(tag, author, generation, buckets, records, begin=True), Refusal)
         checkpoint = Checkpoint(3, upto, b"last message 16.", b"first message 16", Coverage(2, 0))
         (found,) = await server.read([tag])
@@ -361,6 +361,77 @@ def test_trap_27_holders_are_those_of_one_tenant(written: Written, inspect: Insp
     ):
         (asked,) = answer(inspect("holders", key, "--json", *flags))["keys"]
         assert {one["instance"] for one in asked["holders"]} == expected
+
+
+# A shard that is written while it is read
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Have something happen between the first two pages of the next shard that is read."""
+
+    def arrange(happens: Callable[[], object]) -> None:
+        pages, pending = ShardServer.buckets, [happens]
+
+        async def interrupted(self: ShardServer, tag: str, meta: Any) -> AsyncIterator[Any]:
+            async for page in pages(self, tag, meta):
+                yield page
+                if pending:
+                    await asyncio.to_thread(pending.pop())
+
+        monkeypatch.setattr(ShardServer, "buckets", interrupted)
+
+    return arrange
+
+
+Meanwhile = Callable[[Callable[[], object]], None]
+
+
+def test_a_shard_that_is_written_anew_while_it_is_read(
+    written: Written, inspect: Inspect, meanwhile: Meanwhile, redis_server: Server
+) -> None:
+    """Its old buckets go in the middle: what can be read again is, what was printed already is marked."""
+    chosen = spec("pod-a")
+    name = written.source(chosen, batch(stored(list(range(4 * 3000)))))
+    hashes = [1000, 3999]
+    keys = [hex(read(record, 4).key or 0) for record in written.index.records(name, hashes)]
+
+    def anew() -> None:
+        written.write(chosen, 2)
+        redis_server.ask("UNLINK", *redis_server.ask("KEYS", f"*:{written.generation - 1:08x}:*"))
+
+    meanwhile(anew)
+    shown = answer(inspect("entries", name, "--json", "--limit", "0"))
+    assert len(shown["records"]) < 3000
+    assert shown["of_one_generation"] is False
+    meanwhile(anew)
+    assert "some may be missing" in inspect("entries", name, "--limit", "0").out
+    meanwhile(anew)
+    asked = answer(inspect("holders", *keys, "--json"))["keys"]
+    assert [[int(one["hash"], 16) for one in held["holders"]] for held in asked] == [[1000], [3999]]
+    meanwhile(anew)
+    digest = answer(inspect("source", name, "--json"))["digest"]
+    assert (digest["entries"], digest["of_one_moment"]) == (3000, True)
+
+
+def test_a_shard_that_never_rests_has_no_digest_of_one_moment(
+    written: Written, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = spec("pod-a")
+    name = written.source(chosen, batch(stored(PROMPT)))
+    pages, seqs = ShardServer.buckets, iter(range(2, 100))
+
+    async def never_resting(self: ShardServer, tag: str, meta: Any) -> AsyncIterator[Any]:
+        async for page in pages(self, tag, meta):
+            yield page
+        await asyncio.to_thread(written.write, chosen, next(seqs))
+
+    monkeypatch.setattr(ShardServer, "buckets", never_resting)
+    assert answer(inspect("source", name, "--json"))["digest"]["of_one_moment"] is False
+    assert "of no single moment" in inspect("source", name).out
+    said = inspect("holders", "1")
+    assert said.code == 1
+    assert "faster than it can be read" in said.err
 
 
 # What can go wrong
