@@ -74,7 +74,7 @@ class LocalTokenizer:
                 plain = self._template.render(chat)
         try:
             ids = self._tokenizer.encode(plain, add_special_tokens=special).ids
-        except UnicodeEncodeError:
+        except (TypeError, UnicodeEncodeError):  # what the library says of text that can't be UTF-8
             raise PromptRefusedError("the text is no Unicode: it has half a surrogate pair") from None
         if special and self._first is not None:
             token, present = self._first
