@@ -169,12 +169,21 @@ async def asking(budget_s: float) -> AsyncIterator[None]:
     """Let what is asked inside take `budget_s` seconds at most, connecting and retries included.
 
     Raises StoreError instead of whatever it fails with.  A command that was cut off may have been carried out.
+    A cancellation that redis-py has swallowed (its pipelines do at times) is raised here.
     """
+    task = asyncio.current_task()
+    cancellations = task.cancelling() if task is not None else 0
+    failure: StoreError | None = None
     try:
         async with asyncio.timeout(budget_s):
             yield
     except FAILURES as error:
-        raise store_error(error) from error
+        failure = store_error(error)
+        failure.__cause__ = error
+    if task is not None and task.cancelling() > cancellations:
+        raise asyncio.CancelledError
+    if failure is not None:
+        raise failure
 
 
 def _reason(error: BaseException) -> str:
