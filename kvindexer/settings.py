@@ -111,6 +111,14 @@ class Settings(BaseSettings):
         default=10_000,
         description="Most candidates that a query may name; more are answered with 413.",
     )
+    max_batch: Count = Field(
+        default=256,
+        description="Most prompts of one batch; more are answered with 413.",
+    )
+    max_batch_tokens: Count = Field(
+        default=4_194_304,
+        description="Most tokens of all prompts of a batch together; more are answered with 413.",
+    )
     max_concurrent_requests: Count = Field(
         default=256,
         description="Most requests worked on at once; more are answered with 503.",

@@ -98,7 +98,12 @@ def check_source(spec: SourceSpec, key: str) -> None:
             set(spec.durable_tiers) <= set(TIER_NAMES),
             f"names of tiers: {', '.join(TIER_NAMES)}",
         ),
-        ("aliases", spec.aliases, all(0 < len(name) <= MAX_ALIAS for name in spec.aliases), "names, none of them empty"),
+        (
+            "aliases",
+            spec.aliases,
+            all(0 < len(name) <= MAX_ALIAS for name in spec.aliases),
+            "names, none of them empty",
+        ),
     ]
     for name, value, good, expected in rules:
         if not good:

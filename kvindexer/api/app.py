@@ -3,7 +3,7 @@
 Shield            every request gets an answer in the one error shape, and is counted
 ConcurrencyLimit  not too many at once
 BodyReader        not too large, not too slow; inside, bodies are complete
-HotRoutes         /v1/match, /query, /query_by_hash: bytes in, bytes out
+HotRoutes         /v1/match, /v1/match/batch, /v1/keys, /query, /query_by_hash: bytes in, bytes out
 FastAPI           everything else, and the OpenAPI document of all
 """
 
@@ -23,16 +23,26 @@ from kvindexer.api import health, rfc_sources, sources
 from kvindexer.api.body import BodyReader
 from kvindexer.api.errors import error_body, error_headers, internal_error, method_not_allowed
 from kvindexer.api.fleet import Fleet
-from kvindexer.api.hot import Handler, HotRoutes
+from kvindexer.api.hot import CallHandler, Handler, HotRoutes
+from kvindexer.api.keys import KeysRoute
 from kvindexer.api.limits import ConcurrencyLimit
 from kvindexer.api.lookup import KnownModels
-from kvindexer.api.match import MatchRoute
+from kvindexer.api.match import MatchRoutes
+from kvindexer.api.matching import Matcher
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.openapi import HotRoute, describe
 from kvindexer.api.registration import Registration, Unregistration
 from kvindexer.api.rfc_query import QueryRoutes
 from kvindexer.api.rfc_schemas import DynamoAnswer, HashQuery, MooncakeFigures, TokenQuery
-from kvindexer.api.schemas import MatchAnswer, MatchRequest
+from kvindexer.api.schemas import (
+    BatchAnswer,
+    BatchPrompt,
+    BatchRequest,
+    KeysAnswer,
+    KeysRequest,
+    MatchAnswer,
+    MatchRequest,
+)
 from kvindexer.api.shield import Shield
 from kvindexer.errors import RequestError
 from kvindexer.index.seam import Index
@@ -48,10 +58,32 @@ _HOT: Final = (
     HotRoute(
         "/v1/match",
         "Who holds how long a prefix of a prompt?",
-        "Instances, best first: by cached tokens, then by matched tokens, then by name.  Each shows its best rank.",
+        "Instances, best first: by cached tokens, then by matched tokens, by score, and by name; with `order: score` "
+        "by score before all.  Each shows its best rank.",
         "Queries",
         MatchRequest,
         (MatchAnswer,),
+        msgpack=True,
+    ),
+    HotRoute(
+        "/v1/match/batch",
+        "The same for many prompts at once",
+        "`prompts` differ, everything else is the same for all of them.  What is wrong with one prompt is told in "
+        "its result; what is wrong with the rest of the request, or is too much in all, is an error of the whole.",
+        "Queries",
+        BatchRequest,
+        (BatchAnswer,),
+        msgpack=True,
+    ),
+    HotRoute(
+        "/v1/keys",
+        "The block keys of a prompt",
+        "For callers that ask about a prompt often: `keys` or `keys_b64` may be given to /v1/match instead of the "
+        "tokens, LoRA, salt and multimodal items that they were made of.",
+        "Queries",
+        KeysRequest,
+        (KeysAnswer,),
+        msgpack=True,
     ),
     HotRoute("/query", "Prefix query by tokens", _RFC_QUERY, "RFC #1403", TokenQuery, _RFC_ANSWERS),
     HotRoute("/query_by_hash", "Prefix query by hashes", _RFC_QUERY, "RFC #1403", HashQuery, _RFC_ANSWERS),
@@ -60,8 +92,9 @@ _HOT: Final = (
 
 _DESCRIPTION: Final = (
     "Lengths are in tokens, times in the unit that ends a field's name.  Every error has the form "
-    '`{"error": {"code", "message", "hint"}}`.  Of equal keys in an object the last one counts; the content type of '
-    "a request is not looked at."
+    '`{"error": {"code", "message", "hint"}}`, in JSON.  Of equal keys in an object the last one counts.  Routes '
+    "that take msgpack read a body as such if its content type says so, and answer in it if `Accept` names it; every "
+    "other content type is taken for JSON."
 )
 
 
@@ -70,10 +103,13 @@ def create_app(settings: Settings, index: Index, fleet: Fleet, metrics: Metrics)
     metrics.watch(fleet)
     models = KnownModels(fleet)
     queries = QueryRoutes(settings, index, models, metrics)
-    handlers: dict[str, Handler] = {
-        "/v1/match": MatchRoute(settings, index, fleet, models, metrics),
-        "/query": queries.by_tokens,
-        "/query_by_hash": queries.by_hash,
+    matcher = Matcher(settings, index, fleet, models, metrics)
+    matches = MatchRoutes(settings, matcher)
+    handlers: dict[str, Handler] = {"/query": queries.by_tokens, "/query_by_hash": queries.by_hash}
+    calls: dict[str, CallHandler] = {
+        "/v1/match": matches.one,
+        "/v1/match/batch": matches.batch,
+        "/v1/keys": KeysRoute(settings, matcher),
     }
     rest = FastAPI(
         title="kvindexer",
@@ -86,12 +122,16 @@ def create_app(settings: Settings, index: Index, fleet: Fleet, metrics: Metrics)
     for router in routers:
         rest.include_router(router)
     _answer_errors(rest)
-    describe(rest, _HOT, (Registration, Unregistration, *rfc_sources.ANSWERS, *sources.ANSWERS, *health.ANSWERS))
-    app: ASGIApp = HotRoutes(handlers, rest)
+    describe(
+        rest,
+        _HOT,
+        (BatchPrompt, Registration, Unregistration, *rfc_sources.ANSWERS, *sources.ANSWERS, *health.ANSWERS),
+    )
+    app: ASGIApp = HotRoutes(handlers, calls, rest)
     app = BodyReader(app, settings.max_body_bytes, settings.receive_timeout_s)
     app = ConcurrencyLimit(app, settings.max_concurrent_requests)
     paths = {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
-    return Shield(app, metrics, paths.union(handlers))
+    return Shield(app, metrics, paths.union(handlers, calls))
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -1,7 +1,6 @@
-"""JSON bodies into typed structs; what can't be read becomes a RequestError that says where, not what.
+"""Bodies into typed structs; what can't be read becomes a RequestError that says where, not what.
 
-Malformed JSON is 400, JSON of another shape 422.  Of an object's equal keys the last one counts.  The content type is
-not looked at: curl's default is fine.
+Malformed JSON or msgpack is 400, that of another shape 422.  Of an object's equal keys the last one counts.
 """
 
 from __future__ import annotations
@@ -12,22 +11,29 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from kvindexer.api.forms import JSON, Form
 from kvindexer.errors import RequestError, TooLargeError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_MESSAGE: Final = 200
 FURTHER_VALUES: Final = 100_000
-"""Commas that may stand elsewhere than in a list with a limit: between fields, items and in names."""
+"""Values that may stand elsewhere than in a list with a limit: fields, items, and (of JSON) commas in names."""
+
+_MAP: Final = 0x80
+_LIST: Final = 0x90
+"""First bytes of short maps and lists in msgpack."""
 
 _PLACE = re.compile(r" - at `(\$[\w.\[\]]*)`$")
 _QUOTED = re.compile(r"`[^`]*`|'[^']*'")
 _UNKNOWN_FIELD: Final = "Object contains unknown field"
 
 
-def reader(kind: type[T]) -> Callable[[bytes], T]:
-    """A function that reads bodies of this kind."""
-    decode = msgspec.json.Decoder(kind).decode
+def reader(kind: type[T], form: Form = JSON) -> Callable[[bytes], T]:
+    """A function that reads bodies of this kind and form."""
+    decode = msgspec.json.Decoder(kind).decode if form is JSON else msgspec.msgpack.Decoder(kind).decode
+    malformed = f"malformed_{form.name.lower()}"
+    one = f"send one {form.name} object, encoded as UTF-8"
     fields = ", ".join(kind.__struct_encode_fields__)
 
     def read(body: bytes) -> T:
@@ -36,24 +42,56 @@ def reader(kind: type[T]) -> Callable[[bytes], T]:
         except msgspec.ValidationError as error:
             raise _misshapen(str(error), fields) from None
         except RecursionError:
-            raise RequestError("malformed_json", "the body is nested too deeply", "send one flat object") from None
+            raise RequestError(malformed, "the body is nested too deeply", "send one flat object") from None
         except ValueError as error:  # DecodeError, UnicodeDecodeError
-            message = "the body is not UTF-8" if isinstance(error, UnicodeDecodeError) else "the body is no JSON"
-            raise RequestError("malformed_json", message, "send one JSON object, encoded as UTF-8") from None
+            not_text = isinstance(error, UnicodeDecodeError)
+            raise RequestError(
+                malformed, f"the body is {'not UTF-8' if not_text else f'no {form.name}'}", one
+            ) from None
 
     return read
 
 
-def check_size(body: bytes, *limits: int) -> None:
+def check_size(
+    body: bytes, *limits: int, form: Form = JSON, settings: str = "max_prompt_tokens or max_candidates"
+) -> None:
     """Refuse a body with more values than all its limits allow together before time is spent on decoding it.
 
-    Every value but the first of a list comes with a comma.  Raises TooLargeError.
+    Every value of JSON but the first of a list comes with a comma; of msgpack the lists of the outermost object are
+    looked at, whose items can't be lists.  Raises TooLargeError.
     """
     most = sum(limits) + FURTHER_VALUES
-    if len(body) > most:
-        values = body.count(b",") + 1
-        if values > most:
-            raise TooLargeError("values in the body", values, most, "max_prompt_tokens or max_candidates")
+    if len(body) <= most:  # a value takes a byte or more
+        return
+    values = body.count(b",") + 1 if form is JSON else _listed(body)
+    if values > most:
+        raise TooLargeError("values in the body", values, most, settings)
+
+
+def _listed(body: bytes) -> int:
+    """How many items the lists of a msgpack object have.  Raises RequestError if it has no names, or one twice."""
+    try:
+        fields = _read_fields(body)
+    except (ValueError, RecursionError):
+        fields = {}
+    if len(fields) != _items(body, _MAP):  # of equal names only the last is here
+        raise RequestError(
+            "malformed_msgpack", "the body is no msgpack object with each name once", "send one msgpack object"
+        )
+    return sum(_items(memoryview(raw), _LIST) for raw in fields.values())
+
+
+_read_fields = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def _items(packed: bytes | memoryview, short: int) -> int:
+    """How many items a msgpack map or list has by its own account; 0 if it is none."""
+    head = bytes(packed[:5])
+    first = head[0] if head else 0
+    if first & 0xF0 == short:
+        return first & 0x0F
+    width = {0xDC: 2, 0xDD: 4}.get(first - (2 if short == _MAP else 0), 0)
+    return int.from_bytes(head[1 : 1 + width])
 
 
 def unsigned(values: list[int], name: str) -> list[int]:

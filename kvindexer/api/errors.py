@@ -15,7 +15,6 @@ from kvindexer.errors import RequestError
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-JSON: Final = (b"content-type", b"application/json")
 CLOSE: Final = (b"connection", b"close")
 """For answers to requests of which a part is still to come."""
 
@@ -67,8 +66,13 @@ def error_headers(error: RequestError) -> Headers:
 
 async def send_json(send: Send, status: int, body: bytes, headers: Headers = ()) -> None:
     """Send a whole answer."""
-    length = (b"content-length", b"%d" % len(body))
-    await send({"type": "http.response.start", "status": status, "headers": [JSON, length, *headers]})
+    await send_body(send, status, body, b"application/json", headers)
+
+
+async def send_body(send: Send, status: int, body: bytes, content_type: bytes, headers: Headers = ()) -> None:
+    """Send a whole answer of any form."""
+    head = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": body})
 
 

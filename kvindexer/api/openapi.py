@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from kvindexer.api.errors import ErrorAnswer
 
 JSON: Final = "application/json"
+MSGPACK: Final = "application/msgpack"
 _REF: Final = "#/components/schemas/{name}"
 ERRORS: Final = {
     "400": "The request contradicts itself or is no JSON",
@@ -37,6 +38,8 @@ class HotRoute(NamedTuple):
     tag: str
     request: type[msgspec.Struct]
     answers: tuple[Any, ...]
+    msgpack: bool = False
+    """It takes and gives msgpack too."""
 
 
 def request_body(kind: type[msgspec.Struct]) -> dict[str, Any]:
@@ -85,13 +88,15 @@ def _complete(document: dict[str, Any], hot: tuple[HotRoute, ...], kinds: tuple[
 def _operation(route: HotRoute) -> dict[str, Any]:
     shapes = [_schema(kind) for kind in route.answers]
     schema = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
+    forms = (JSON, MSGPACK) if route.msgpack else (JSON,)
+    content = {form: {"schema": _ref(route.request)} for form in forms}
     return {
         "summary": route.summary,
         "description": route.description,
         "operationId": route.path.strip("/").replace("/", "_"),
         "tags": [route.tag],
-        **request_body(route.request),
-        "responses": {"200": {"description": "The answer", "content": {JSON: {"schema": schema}}}},
+        "requestBody": {"required": True, "content": content},
+        "responses": {"200": {"description": "The answer", "content": {form: {"schema": schema} for form in forms}}},
     }
 
 
