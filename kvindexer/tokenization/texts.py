@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Final
 
@@ -85,8 +86,8 @@ class Texts:
         task = self._under_way.get(key)
         if task is None:
             task = asyncio.create_task(self._run(key, tokenizer, text), name="kvindexer-text")
-            task.add_done_callback(_seen)
             self._under_way[key] = task
+            task.add_done_callback(partial(self._ended, key))
         self._waiting += 1
         try:
             tokenized = await asyncio.shield(task)
@@ -111,7 +112,7 @@ class Texts:
         """A name for the text and all that its tokens depend on.  Raises TooLargeError, PromptRefusedError."""
         try:
             encoded = _encode((model, text))
-        except (ValueError, OverflowError, RecursionError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             raise PromptRefusedError("the text has values that JSON can't carry") from None
         if len(encoded) > self._limits.max_text_bytes:
             raise TooLargeError("text in bytes", len(encoded), self._limits.max_text_bytes, "max_text_bytes")
@@ -134,8 +135,6 @@ class Texts:
         except BaseException as error:  # noqa: BLE001 - a panic of a library is no Exception; either may quote the text
             _log.error("a tokenizer failed: %s", type(error).__name__)
             raise TokenizerFailedError("fault", "the tokenizer failed", "the service's log says how") from None
-        finally:
-            del self._under_way[key]
         tokens = len(tokenized.tokens) // TOKEN_BYTES
         if tokens > limits.max_prompt_tokens:
             raise TooLargeError("prompt in tokens", tokens, limits.max_prompt_tokens, "max_prompt_tokens")
@@ -143,13 +142,13 @@ class Texts:
             self._cache[key] = tokenized
         return tokenized
 
+    def _ended(self, key: bytes, task: asyncio.Task[Tokenized]) -> None:
+        """Forget it, and look at its error, which asyncio would log if nobody waits any more."""
+        del self._under_way[key]
+        if not task.cancelled():
+            task.exception()
+
 
 def _size(tokenized: Tokenized) -> int:
     items = sum(ITEM_BYTES + len(item.hash) for item in tokenized.multimodal)
     return ENTRY_BYTES + len(tokenized.tokens) + items
-
-
-def _seen(task: asyncio.Task[Tokenized]) -> None:
-    """Look at the error of a text that nobody waits for any more, or asyncio would log it."""
-    if not task.cancelled():
-        task.exception()
