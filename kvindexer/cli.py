@@ -91,7 +91,15 @@ def _simulate(made: ArgumentParser) -> None:
 
 def _demo(made: ArgumentParser) -> None:
     _fleet(made)
-    made.add_argument("--port", type=_whole, help="of the service (else 8090 if it is free, any free one otherwise)")
+    made.add_argument(
+        "--replicas",
+        type=_count,
+        metavar="N",
+        help="services that share a Redis, behind a load balancer (else one alone)",
+    )
+    made.add_argument(
+        "--port", type=_whole, help="to send queries to (else 8090 if it is free, any free one otherwise)"
+    )
     made.add_argument(
         "--interval-s", type=_positive, metavar="SECONDS", help="between updates (else 1, no terminal: 5)"
     )

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 import zmq
 
 from kvindexer.cli import COMMANDS, parser
-from kvindexer.commands.demo import Rates
+from kvindexer.commands.deployment import Rates
 from kvindexer.commands.query import REASONS
 from kvindexer.commands.serve import overrides
 from kvindexer.errors import SettingsError
@@ -29,7 +30,7 @@ from kvindexer.source_settings import parse_source
 from kvindexer.testing import read_recording
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 ROOT = Path(__file__).parent.parent
 RECORDING = ROOT / "tests" / "recordings" / "http-0.32-llama"
@@ -52,6 +53,7 @@ MATCH = {
     "complete": False,
     "lag_ms": 1.5,
 }
+READY_REPLICA = re.compile(r"\s*(127\.0\.0\.1:\d+)\s+(\d+)\s+yes\s+4 live of 4 ")
 ANSWER = {"model": "m", "blocks": 4, "tokens": 64, "matches": [MATCH], "unknown_candidates": ["10.0.0.9"]}
 
 
@@ -488,6 +490,8 @@ def test_rates_come_from_counters() -> None:
     assert rates.between(10.0, {"events": 100}) == {"events": 0.0}
     assert rates.between(12.0, {"events": 150}) == {"events": 25.0}
     assert rates.between(12.0, {"events": 150}) == {"events": 0.0}
+    assert rates.between(13.0, {"events": 5}) == {"events": 0.0}  # it was started again
+    assert rates.between(14.0, {"events": 6}) == {"events": 1.0}
 
 
 def test_a_demo_whose_port_is_taken_says_so() -> None:
@@ -567,9 +571,38 @@ def test_the_demo_ends_by_itself() -> None:
     assert "events/s" in out
 
 
-def test_a_demo_that_is_killed_leaves_no_orphans(start: Callable[..., Started]) -> None:
-    demo = start("demo", "--port", str(free_port()))
+@pytest.mark.parametrize("options", [(), ("--replicas", "2")])
+def test_a_demo_that_is_killed_leaves_no_orphans(start: Callable[..., Started], options: Sequence[str]) -> None:
+    demo = start("demo", "--port", str(free_port()), *options)
     curl_body(demo)
     family = children(demo.process.pid)
+    assert len(family) == (4 if options else 2)
     demo.process.kill()
     eventually(lambda: not any(runs(pid) for pid in family))
+
+
+def test_the_demo_of_replicas_starts_one_again_that_is_killed(start: Callable[..., Started]) -> None:
+    """Every replica follows every engine, though each was registered with one of them."""
+    demo = start("demo", "--replicas", "3", "--port", str(free_port()), "--interval-s", "0.5")
+    url, body = curl_body(demo)
+    followers: dict[str, int] = {}
+
+    def until_one_follows_all(condition: Callable[[str, int], bool]) -> None:
+        """Read the table until a replica that is ready with all four engines fits, by its address and pid."""
+        while not (found := READY_REPLICA.match(demo.line())) or not condition(found[1], int(found[2])):
+            assert demo.process.poll() is None
+        followers[found[1]] = int(found[2])
+
+    for _ in range(3):
+        until_one_follows_all(lambda address, _: address not in followers)
+    address, pid = next(iter(followers.items()))
+    os.kill(pid, signal.SIGKILL)
+    until_one_follows_all(lambda again, new: again == address and new != pid)
+    code, out, _ = run("query", "--url", url, "--model", body["model"], "--json", stdin=json.dumps(body["tokens"]))
+    assert code == 0
+    assert json.loads(out)["matches"]
+    family = children(demo.process.pid)
+    assert len(family) == 5  # Redis, three replicas and the fleet
+    code, _, err = demo.end(signal.SIGINT)
+    assert (code, err) == (0, "")
+    assert not any(runs(pid) for pid in family)
