@@ -303,6 +303,7 @@ def test_docs_metrics_lists_every_metric_as_it_is(api: Api) -> None:
     api.metrics.skipped({"x": 1})
     api.metrics.withdrawn("x", 1)
     api.metrics.answered("/query", 200, 0.1)
+    api.metrics.text("tokenized")
     api.fleet.figures = StoreFigures(shards={"in_step": 1})
     api.fleet.troubles = [StoreProblem("evicts", "", "")]
     in_code = []

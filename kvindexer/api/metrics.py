@@ -39,6 +39,7 @@ class Metrics:
         self.asked_tokens = 0
         self._skipped: Counter[str] = Counter()
         self._withdrawn: Counter[str] = Counter()
+        self._texts: Counter[str] = Counter()
         self._answers: Counter[tuple[str, int]] = Counter()
         self._latencies: dict[str, Latencies] = {}
         self._gaps = Accumulated()
@@ -83,6 +84,10 @@ class Metrics:
         self.queries += 1
         self.hit_tokens += hit_tokens
         self.asked_tokens += asked_tokens
+
+    def text(self, outcome: str) -> None:
+        """A query's text has become tokens, or has not; `outcome` is one of our words."""
+        self._texts[outcome] += 1
 
     def answered(self, route: str, status: int, seconds: float | None) -> None:
         """A request was answered; `route` is one of our paths, never what the caller wrote.
@@ -170,6 +175,7 @@ class Metrics:
         yield _counter("queries", "Prefix queries answered.", self.queries)
         yield _counter("asked_tokens", "Tokens of the prompts that were asked for.", self.asked_tokens)
         yield _counter("hit_tokens", "Tokens of them that the best instance holds.", self.hit_tokens)
+        yield _counters("texts", "Texts of queries, by what became of them.", "outcome", self._texts)
         answers = CounterMetricFamily("kvindexer_http_requests", "Requests answered.", labels=["route", "status"])
         for (route, status), count in sorted(self._answers.items()):
             answers.add_metric([route, str(status)], count)
