@@ -7,7 +7,7 @@ Asked, Prompt ─► Index.match in each keyspace ─► rows, best first ─►
 from __future__ import annotations
 
 from math import isnan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.forms import FORMS, Form
@@ -15,8 +15,8 @@ from kvindexer.api.identities import Candidates, Identities
 from kvindexer.api.lookup import DEFAULT_TENANT, Found, KnownModels, find, keyspaces
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.prompt import Prompt
-from kvindexer.api.rows import Ranking, RowMaker, requirements
-from kvindexer.api.schemas import Match, Question, TierWeights
+from kvindexer.api.rows import Listed, Ranking, RowMaker, requirements
+from kvindexer.api.schemas import Question, TierWeights
 from kvindexer.errors import RequestError, TooLargeError
 from kvindexer.index.seam import Index
 from kvindexer.settings import Settings
@@ -45,7 +45,8 @@ class Answered(NamedTuple):
 
     blocks: int
     tokens: int
-    matches: list[Match]
+    matches: Any
+    """The rows: `list[Match]`, encoded already."""
     reason: str | None
 
 
@@ -60,7 +61,7 @@ class Matcher:
         named = settings.tier_weights
         self._weights: Weights = (named["gpu"], named["cpu"], named["disk"], named["remote"])
         self._identities = Identities(fleet, settings.bind_endpoints)
-        self._rows = {form: RowMaker(fleet, form) for form in FORMS}
+        self._rows = {form: RowMaker(fleet, form, self._weights) for form in FORMS}
 
     def asked(self, question: Question, form: Form) -> Asked:
         """Look at everything but the prompt.  Raises RequestError."""
@@ -92,13 +93,8 @@ class Matcher:
         spaces, candidates, ranking = asked.spaces, asked.candidates, asked.ranking
         known = None if candidates is None or asked.all_of_them else asked.known
         found = find(self._index, spaces, prompt, known)
-        maker = self._rows[asked.form]
-        rows, longest = maker.best_first(found, ranking, None if candidates is None else candidates.spelled)
-        if candidates is not None and (ranking.most is None or len(rows) < ranking.most):
-            holding = {match.instance for each in found for match in each.matches if match.usable}
-            without = {name: size for name, size in asked.known.items() if name not in holding}
-            if without:
-                rows += maker.empty(without, ranking, candidates.spelled)[: ranking.most and ranking.most - len(rows)]
+        listed = None if candidates is None else Listed(asked.known, candidates.spelled)
+        rows, longest = self._rows[asked.form].rows(found, ranking, listed)
         size = min(space.block_size for space in spaces) if len(spaces) > 1 else spaces[0].block_size
         tokens = prompt.tokens(size)
         blocks = tokens // size

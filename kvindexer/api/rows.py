@@ -7,25 +7,28 @@ wants that, the higher score first (docs/decisions/0018-match-order-and-score.md
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
+from typing import Final, NamedTuple
 
 import msgspec
-from msgspec import UNSET
 
 from kvindexer.api.fleet import Fleet, InstanceStatus
 from kvindexer.api.forms import Form
 from kvindexer.api.lookup import Found
-from kvindexer.api.schemas import Match, RankFigures, Tiers, TierTokens
+from kvindexer.api.pieces import Joiner, fields_of, piece
+from kvindexer.api.schemas import RankFigures, Tiers, TierTokens
 from kvindexer.errors import RequestError
 from kvindexer.index.seam import HolderMatch
 from kvindexer.tiering.weights import DEFAULT_WEIGHTS, Weights, score
 
 MAX_REMEMBERED: Final = 16_384
-"""Most encoded `Tiers` that are kept."""
+"""Most pieces of one kind that are kept."""
 
 _ByTier = tuple[int, int, int, int]
 _NOTHING: Final[_ByTier] = (0, 0, 0, 0)
+_LAST: Final = (0.0, 0.0, 0.0)
+_NO_MATCH: Final = HolderMatch("", 0, 0, 0, 0, _NOTHING, _NOTHING)
 
 
 class Requirements(NamedTuple):
@@ -71,102 +74,188 @@ class Ranking(NamedTuple):
     """Each rank's figures too."""
 
 
-class Rows(NamedTuple):
-    """The rows, and the longest match among all instances that could be rows."""
+class Listed(NamedTuple):
+    """The candidates that are known."""
 
-    rows: list[Match]
+    sizes: Mapping[str, int]
+    """Instance -> block size of what it could hold."""
+    spelled: Mapping[str, str]
+    """Instance -> as the caller spells it."""
+
+
+class Rows(NamedTuple):
+    """The rows, encoded, and the longest match among all instances that could be rows."""
+
+    rows: msgspec.Raw
     longest: int
 
 
-_Best = tuple[float, float, float, int, HolderMatch]
-"""An instance's best rank: what decides over the order, block size, the match."""
+class _Who(msgspec.Struct):
+    instance: str
+
+
+class _Spelled(msgspec.Struct):
+    instance: str
+    candidate: str
+
+
+class _Figures(msgspec.Struct):
+    block_size: int
+    matched_tokens: int
+    cached_tokens: int
+    score: float
+    tiers: Tiers
+    ranks: dict[str, int]
+
+
+class _Trust(msgspec.Struct):
+    state: str
+    sound: bool
+    complete: bool
+    lag_ms: float
+    verified_ms: float | None
+
+
+class _ByRank(msgspec.Struct):
+    by_rank: dict[str, RankFigures]
+
+
+class _Shape(NamedTuple):
+    """Figures of one rank, whosoever they are."""
+
+    by_cached: tuple[float, float, float]
+    by_score: tuple[float, float, float]
+    """What decides over the order, lower is better."""
+    encoded: bytes
+    matched: int
+
+
+_Entry = tuple[tuple[float, float, float], str, _Shape, int, HolderMatch]
+"""Order, instance, figures, and what they were made of: block size and match."""
 
 
 class RowMaker:
-    """Makes rows, for answers of one form; remembers what is the same in many of them, encoded."""
+    """Makes rows for answers of one form, from pieces.
 
-    def __init__(self, fleet: Fleet, form: Form) -> None:
+    What instances hold differs between queries, the shapes of what they hold mostly repeat: they are encoded once.
+    So are the states of instances, which are the same for many queries, and names.
+    """
+
+    def __init__(self, fleet: Fleet, form: Form, weights: Weights) -> None:
         self._fleet = fleet
-        self._encode = form.encode
-        self._tiers: dict[tuple[int, _ByTier, _ByTier], Tiers] = {}
+        self._form = form
+        self._weights = weights
+        self._shapes: dict[tuple[object, ...], _Shape] = {}
+        self._trusts: dict[InstanceStatus, bytes] = {}
+        self._names: dict[str | tuple[str, str], bytes] = {}
+        self._joiners = {
+            (spelled, by_rank): Joiner(form, fields_of((who, _Figures, _Trust, *rank)))
+            for spelled, who in ((False, _Who), (True, _Spelled))
+            for by_rank, rank in ((False, ()), (True, (_ByRank,)))
+        }
 
-    def best_first(self, found: Iterable[Found], ranking: Ranking, spelled: Mapping[str, str] | None) -> Rows:
-        """Rows of the instances that hold something and meet the requirements, with the callers' spellings."""
-        best, ranks = _best(found, ranking)
+    def rows(self, found: Sequence[Found], ranking: Ranking, listed: Listed | None) -> Rows:
+        """Rows of instances that hold something, then of listed ones that don't, if they meet the requirements."""
+        entries = self._entries(found, ranking)
+        holding = {entry[1] for entry in entries}
+        if len(holding) != len(entries):
+            entries = self._merged(entries, ranking)
         required, status_of = ranking.required, self._fleet.status
         if required is not None:
-            best = {name: entry for name, entry in best.items() if required.met_by(status_of(name))}
-        longest = max((size * match.usable for *_, size, match in best.values()), default=0)
-        in_order = sorted(
-            (-first, -second, -third, instance, size, match)
-            for instance, (first, second, third, size, match) in best.items()
-        )
+            entries = [entry for entry in entries if required.met_by(status_of(entry[1]))]
+        entries.sort()
+        longest = max([entry[2].matched for entry in entries], default=0)
+        if listed is not None and len(holding) < len(listed.sizes):
+            entries += [
+                (_LAST, instance, self._without_match(listed.sizes[instance]), 0, _NO_MATCH)
+                for instance in sorted(listed.sizes.keys() - holding)
+                if required is None or required.met_by(status_of(instance))
+            ]
         details = _by_rank(found, ranking.weights) if ranking.by_rank else None
-        by_score = ranking.by_score
+        joiner = self._joiners[listed is not None, ranking.by_rank]
+        join, spelled = joiner.between.join, None if listed is None else listed.spelled
+        names, trusts = self._names, self._trusts
         rows = []
-        for first, _, third, instance, size, match in in_order[: ranking.most]:
-            rows.append(
-                Match(
-                    instance,
-                    size,
-                    match.usable * size,
-                    match.cached * size,
-                    -(first if by_score else third),
-                    self._encoded(size, match),
-                    ranks[instance],
-                    *status_of(instance),
-                    UNSET if spelled is None else spelled[instance],
-                    UNSET if details is None else details[instance],
-                )
-            )
-        return Rows(rows, longest)
+        for _, instance, shape, _, _ in entries[: ranking.most]:
+            name = names.get(instance if spelled is None else (instance, spelled[instance]))
+            if name is None:
+                name = self._name(instance, spelled)
+            status = status_of(instance)
+            pieces = (name, shape.encoded, trusts.get(status) or self._trust(status))
+            if details is not None:
+                pieces += (piece(self._form, _ByRank(details.get(instance, {}))),)
+            rows.append(join(pieces))
+        return Rows(joiner.objects(rows), longest)
 
-    def empty(self, sizes: Mapping[str, int], ranking: Ranking, spelled: Mapping[str, str]) -> list[Match]:
-        """Rows of instances (with their block size) that hold nothing of the prompt."""
-        tiers = _tiers(0, _NOTHING, _NOTHING)
-        details: dict[str, RankFigures] | msgspec.UnsetType = {} if ranking.by_rank else UNSET
-        listed = ((instance, size, self._fleet.status(instance)) for instance, size in sorted(sizes.items()))
-        return [
-            Match(instance, size, 0, 0, 0.0, tiers, {}, *status, spelled[instance], details)
-            for instance, size, status in listed
-            if ranking.required is None or ranking.required.met_by(status)
-        ]
+    def _entries(self, found: Iterable[Found], ranking: Ranking) -> list[_Entry]:
+        """All ranks that hold something."""
+        weights, by_score = ranking.weights, ranking.by_score
+        shapes = self._shapes if weights == self._weights else {}
+        if len(shapes) > MAX_REMEMBERED:
+            shapes.clear()
+        entries: list[_Entry] = []
+        for keyspace, matches in found:
+            size = keyspace.block_size
+            for match in matches:
+                if not match.usable:
+                    continue
+                key = (size, match.rank, match.usable, match.cached, match.alone, match.cumulative)
+                shape = shapes.get(key)
+                if shape is None:
+                    shape = self._shape(size, match, weights, {str(match.rank): match.usable * size})
+                    shapes[key] = shape
+                order = shape.by_score if by_score else shape.by_cached
+                entries.append((order, match.instance, shape, size, match))
+        return entries
 
-    def _encoded(self, size: int, match: HolderMatch) -> Tiers:
-        """The tiers of a match as they stand in an answer: bytes, which the encoder takes over as they are."""
-        shape = (size, match.alone, match.cumulative)
-        tiers = self._tiers.get(shape)
-        if tiers is None:
-            if len(self._tiers) >= MAX_REMEMBERED:
-                self._tiers.clear()
-            encoded: Any = msgspec.Raw(self._encode(_tiers(*shape)))
-            tiers = self._tiers[shape] = encoded
-        return tiers
+    def _merged(self, entries: Iterable[_Entry], ranking: Ranking) -> list[_Entry]:
+        """One entry an instance: its best rank, with what each of its ranks matches."""
+        of_instance: dict[str, list[_Entry]] = {}
+        for entry in entries:
+            of_instance.setdefault(entry[1], []).append(entry)
+        merged = []
+        for instance, several in of_instance.items():
+            order, _, shape, size, match = min(several, key=itemgetter(0))
+            if len(several) > 1:
+                ranks: dict[str, int] = {}
+                for _, _, of_rank, _, its_match in several:
+                    rank = str(its_match.rank)
+                    ranks[rank] = max(of_rank.matched, ranks.get(rank, 0))
+                shape = self._shape(size, match, ranking.weights, ranks)
+            merged.append((order, instance, shape, size, match))
+        return merged
 
+    def _shape(self, size: int, match: HolderMatch, weights: Weights, ranks: dict[str, int]) -> _Shape:
+        matched, cached = match.usable * size, match.cached * size
+        worth = score(match.cumulative, match.usable, weights) * size
+        figures = _Figures(size, matched, cached, worth, _tiers(size, match.alone, match.cumulative), ranks)
+        encoded = piece(self._form, figures)
+        return _Shape((-cached, -matched, -worth), (-worth, -cached, -matched), encoded, matched)
 
-def _best(found: Iterable[Found], ranking: Ranking) -> tuple[dict[str, _Best], dict[str, dict[str, int]]]:
-    best: dict[str, _Best] = {}
-    ranks: dict[str, dict[str, int]] = {}
-    weights, by_score = ranking.weights, ranking.by_score
-    for keyspace, matches in found:
-        size = keyspace.block_size
-        for match in matches:
-            usable = match.usable
-            if not usable:
-                continue
-            instance, matched, cached = match.instance, usable * size, match.cached * size
-            worth = score(match.cumulative, usable, weights) * size
-            entry = (worth, cached, matched, size, match) if by_score else (cached, matched, worth, size, match)
-            before = best.get(instance)
-            if before is None:
-                best[instance] = entry
-                ranks[instance] = {str(match.rank): matched}
-                continue
-            if entry[:3] > before[:3]:
-                best[instance] = entry
-            of_ranks, rank = ranks[instance], str(match.rank)
-            of_ranks[rank] = max(matched, of_ranks.get(rank, 0))
-    return best, ranks
+    def _without_match(self, size: int) -> _Shape:
+        key = (size,)
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = self._shapes[key] = self._shape(size, _NO_MATCH, self._weights, {})
+        return shape
+
+    def _trust(self, status: InstanceStatus) -> bytes:
+        """Encode what a row says of an instance's state, and keep it."""
+        if len(self._trusts) >= MAX_REMEMBERED:
+            self._trusts.clear()
+        encoded = self._trusts[status] = piece(self._form, _Trust(*status))
+        return encoded
+
+    def _name(self, instance: str, spelled: Mapping[str, str] | None) -> bytes:
+        """Encode what a row calls an instance, and keep it."""
+        if len(self._names) >= MAX_REMEMBERED:
+            self._names.clear()
+        if spelled is None:
+            encoded = self._names[instance] = piece(self._form, _Who(instance))
+        else:
+            named = _Spelled(instance, spelled[instance])
+            encoded = self._names[instance, named.candidate] = piece(self._form, named)
+        return encoded
 
 
 def _by_rank(found: Iterable[Found], weights: Weights) -> dict[str, dict[str, RankFigures]]:

@@ -1,0 +1,49 @@
+"""Objects of an answer, joined from pieces that were encoded before.
+
+A piece is some fields of an object, encoded, without what makes them an object:
+
+    JSON       {                   "a":1   ,   "b":2   }               [ object , object ]
+    msgpack    0x80 + number       a 1         b 2             number    object   object
+               before              piece between piece after
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from kvindexer.api.forms import JSON, Form
+
+MAX_FIELDS = 15
+"""More would need another head in msgpack."""
+
+
+class Joiner:
+    """Joins pieces to objects of so many fields, in one form."""
+
+    def __init__(self, form: Form, fields: int) -> None:
+        if not 0 < fields <= MAX_FIELDS:
+            raise ValueError("too many fields for a short map")
+        self._is_json = form is JSON
+        before, self.between, after = (b"{", b",", b"}") if self._is_json else (bytes([0x80 | fields]), b"", b"")
+        self._before, self._after = before, after
+        self._next = after + self.between + before
+
+    def objects(self, objects: Sequence[bytes]) -> msgspec.Raw:
+        """A list of objects; each is its pieces, joined by `between`."""
+        joined = self._before + self._next.join(objects) + self._after if objects else b""
+        if self._is_json:
+            return msgspec.Raw(b"[" + joined + b"]")
+        return msgspec.Raw(b"\xdd" + len(objects).to_bytes(4) + joined)
+
+
+def piece(form: Form, fields: msgspec.Struct) -> bytes:
+    """The fields of a struct of at most `MAX_FIELDS`, encoded."""
+    encoded = form.encode(fields)
+    return encoded[1:-1] if form is JSON else encoded[1:]
+
+
+def fields_of(kinds: Iterable[type[msgspec.Struct]]) -> int:
+    """How many fields objects have that are made of these structs."""
+    return sum(len(kind.__struct_fields__) for kind in kinds)
