@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -46,7 +46,7 @@ def in_turn(engine: FakeEngine, *names: str) -> list[str]:
 
 
 class Detour:
-    """A network of its own between one replica and an engine, which it will follow: cut it, and only it is cut off."""
+    """A network of its own between one replica and an engine that it will follow: cut it, and it alone is cut off."""
 
     def __init__(self, one: Replica, engine: FakeEngine) -> None:
         self._proxies = [
@@ -76,7 +76,7 @@ class Detour:
         for proxy in self._proxies:
             proxy.faults = faults
 
-    def __enter__(self) -> Detour:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -151,7 +151,7 @@ def test_two_replicas_share_the_work(redis_server: Server) -> None:
             await until("they know each other", lambda: a.keeper._replicas == b.keeper._replicas == ("a", "b"))
             for number, engine in enumerate(engines):
                 (a, b)[number % 2].fleet.register(spec_of(engine, f"pod-{number}"))
-            for number, engine in enumerate(engines):
+            for engine in engines:
                 await live(engine, a, b)
                 traffic(engine, 10)
                 await agreed_quickly(redis_server, engine, a, b)
@@ -548,8 +548,9 @@ def test_trap_23_an_unregistered_source_does_not_come_back_with_an_old_replica(r
     async def scenario() -> None:
         with small_engine() as engine:
             async with replica(redis_server.url, "a") as a, linked(redis_server, "b") as (b, link):
+                spec = spec_of(engine)
                 for emptied in (False, True):
-                    spec = await followed(engine, a, b)
+                    await followed(engine, a, b)
                     traffic(engine, 5)
                     await agreed_quickly(redis_server, engine, a, b)
                     link.faults = STALLED

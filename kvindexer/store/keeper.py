@@ -316,11 +316,15 @@ class RedisKeeper:
             return []
         version = self._changed
         found: dict[str, Line] = {}
+        names, strange = self._server.names, False
         for source, line in read_lines(await self._server.lines()):
             if isinstance(line, Line):
                 found[source] = line
             else:
-                self._trouble(self._server.names.sources, _foreign(self._server.names.sources, line))
+                strange = True
+                self._trouble(names.sources, _foreign(names.sources, line))
+        if not strange:
+            self._relief(names.sources)
         self._version = version
         return self._directory.merge(found)
 
@@ -388,7 +392,10 @@ class RedisKeeper:
         for source, line in list(self._directory.removed()):
             if not line.spec or self._buried.get(source) == line.generation:
                 continue
-            tag = shard_tag(source, unpack_spec(line.spec))
+            try:
+                tag = shard_tag(source, unpack_spec(line.spec))
+            except UnreadableError:
+                continue  # nobody can tell which shard it was
             if turn(self.replica, self._replicas, tag) == 0:
                 await self._end(tag, line.generation)
                 self._buried[source] = line.generation
@@ -397,7 +404,8 @@ class RedisKeeper:
         await self._server.remove(tag, generation)
         (found,) = await self._server.read([tag])
         if isinstance(found, Found) and found.meta is None:
-            await self._sweep(tag, found)
+            for leftover in found.leftovers:  # nobody can go on with what was staged, however fresh it is
+                await self._server.sweep(tag, leftover)
 
     # Writing
 
@@ -481,7 +489,10 @@ class RedisKeeper:
             await asyncio.sleep(self._settings.store_check_interval_s)
             for kept in list(self._kept.values()):
                 if self._reachable and kept.dialled and not kept.dropped and not kept.busy and kept.shard.turn == 0:
-                    await self._check(kept)
+                    try:
+                        await self._check(kept)
+                    except Exception:  # noqa: BLE001 - the next check is another try; it is logged
+                        _log.exception("source %s could not be compared with the store", kept.source)
 
     async def _examine(self) -> None:
         """Look at the server's own condition."""
@@ -500,15 +511,20 @@ class RedisKeeper:
             verdict = await self._checker.compare(kept)
         except StoreError as error:
             self._trouble(kept.source, error)
+            if error.reason == "wrong_type":
+                self._differs(kept, "a bucket is no hash")
             return
         finally:
             kept.busy = False
         self.checks += verdict is not None
         if verdict is not None and verdict.differing and not kept.dropped:
-            self.divergences += 1
-            kept.shard.divergent = True
-            _log.warning("source %s: %d records differ between memory and store", kept.source, verdict.differing)
-            self._wake.set()
+            self._differs(kept, f"{verdict.differing} records differ")
+
+    def _differs(self, kept: KeptSource, why: str) -> None:
+        self.divergences += 1
+        kept.shard.divergent = True
+        _log.warning("source %s: memory and store are not the same: %s", kept.source, why)
+        self._wake.set()
 
     # Problems
 

@@ -31,6 +31,7 @@ from kvindexer.store.layout import (
 _READ_BUCKETS: Final = 32
 """Buckets a round trip: some 2,000 records, which are loaded in a few milliseconds."""
 _SWEEP_BUCKETS: Final = 512
+_HASH_BYTES: Final = 8
 _METAS: Final = 256
 _STEPS: Final = 3
 """Timeouts that one call may take: a new connection needs several answers."""
@@ -108,11 +109,13 @@ class ShardServer:
             numbers = range(start, min(start + _READ_BUCKETS, meta.buckets))
             hashes: list[int] = []
             records: list[bytes] = []
-            for answer in await self._hashes([self.names.bucket(tag, meta.generation, n) for n in numbers]):
+            keys = [self.names.bucket(tag, meta.generation, n) for n in numbers]
+            for key, answer in zip(keys, await self._hashes(keys), strict=True):
                 if not isinstance(answer, Mapping):
-                    raise StoreError("wrong_type", str(answer), HINTS["wrong_type"])
-                hashes += [int.from_bytes(field, "little") for field in answer]
-                records += answer.values()
+                    raise StoreError("wrong_type", f"{key}: {answer}", HINTS["wrong_type"])
+                ours = answer if set(map(len, answer)) <= {_HASH_BYTES} else _fields_of_ours(answer)
+                hashes += [int.from_bytes(field, "little") for field in ours]
+                records += ours.values()
             yield numbers, hashes, records
 
     async def records(self, tag: str, meta: Meta, hashes: Sequence[int]) -> list[bytes | None]:
@@ -209,7 +212,13 @@ class ShardServer:
 
     async def beat(self, replica: str, forget_after_s: int) -> Beat:
         """Say that we are alive; learn who else is, and whether the directory has changed."""
-        answer = await self._script(scripts.BEAT, [self.names.replicas, self.names.sources], replica, forget_after_s)
+        keys = [self.names.replicas, self.names.sources]
+        try:
+            answer = await self._script(scripts.BEAT, keys, replica, forget_after_s)
+        except StoreError as error:
+            if error.reason != "wrong_type":
+                raise
+            raise StoreError(error.reason, f"{' or '.join(keys)}: {error.message}", error.hint) from error
         server_s, version, *replicas = _words(answer)
         return Beat(int(server_s), version, tuple(name.decode(errors="replace") for name in replicas))
 
@@ -218,7 +227,7 @@ class ShardServer:
         (answer,) = await self._hashes([self.names.sources])
         if isinstance(answer, Mapping):
             return answer
-        raise StoreError("wrong_type", str(answer), HINTS["wrong_type"])
+        raise StoreError("wrong_type", f"{self.names.sources}: {answer}", HINTS["wrong_type"])
 
     async def register(self, source: str, kind: str, spec: bytes, generation: int | None, known: int) -> int:
         """Write a line of the directory; returns the generation of what stands there now.
@@ -257,6 +266,11 @@ class ShardServer:
 def _words(answer: object) -> list[bytes]:
     words = answer if isinstance(answer, list) else []
     return [b"%d" % word if isinstance(word, int) else word for word in words] or [b""]
+
+
+def _fields_of_ours(answer: Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:
+    """Without those that can't be hashes: nobody of us has written them, and nobody reads them."""
+    return {field: record for field, record in answer.items() if len(field) == _HASH_BYTES}
 
 
 def _foreign(error: BaseException) -> Found:

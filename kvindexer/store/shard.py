@@ -339,7 +339,7 @@ class Shard:
         reachable = mine.level > 0 and theirs.next >= mine.first
         if rested and (reachable or (mine.level == 0 and not self._stagnant(now))):
             return Load("more is known in Redis than here")
-        if self._local.next_seq > theirs.next and self._stagnant(now):
+        if (self._local.next_seq > theirs.next or self.divergent) and self._stagnant(now):
             return self._rewrite(theirs.epoch, theirs.epoch, "nobody who knows more writes it", now, accept_less=True)
         return Wait("more is known in Redis than here")
 

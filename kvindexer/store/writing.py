@@ -214,6 +214,7 @@ class Writing:
         epoch, next_seq, digest, birth, coverage = checkpoint
         kept.stream.resume(Epoch(epoch), next_seq, digest, birth, coverage)
         kept.shard.loaded(checkpoint, self._clock())
+        kept.shard.divergent = count != meta.entries
         _log.info("source %s: %d records loaded from the store, up to seq %d", kept.source, count, next_seq - 1)
 
 

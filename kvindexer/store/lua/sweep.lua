@@ -8,7 +8,10 @@ if redis.call('HGET', meta, 'generation') == generation then
 end
 local keys = {}
 for bucket = tonumber(ARGV[2]), tonumber(ARGV[3]) - 1 do
-  keys[#keys + 1] = buckets_of(generation) .. string.format('%d', bucket)
+  local key = buckets_of(generation) .. string.format('%d', bucket)
+  if redis.call('TYPE', key).ok == 'hash' then -- anything else is another program's
+    keys[#keys + 1] = key
+  end
 end
 if #keys > 0 then
   redis.call('UNLINK', unpack(keys))
