@@ -13,7 +13,7 @@ import recordings
 from copying import copy, everything
 from kvindexer.errors import WireError
 from kvindexer.index.engine import PyIndex
-from kvindexer.index.seam import HolderMatch, Holding, Index
+from kvindexer.index.seam import Binding, HolderMatch, Holding, Index
 from kvindexer.types import TIERS, Keyspace, SourceSpec, Tier
 from oracle import Prompt, cleared, payload, placeholder, removed, stored
 
@@ -416,3 +416,23 @@ def test_a_loaded_index_goes_on_like_the_one_that_was_saved(make_index: Callable
             prompt = prompts[number % len(prompts)]
             space = SPACE._replace(block_size=size)
             assert ask(copied, prompt, keyspace=space) == ask(original, prompt, keyspace=space)
+
+
+def test_hashes_resolve_inside_their_domain_only(index: Index) -> None:
+    """Held or not, by whoever of the domain announced them; another source's equal hashes mean nothing."""
+    specs = {"a": POD, "b": pod("pod-b"), "shared": STORE}
+    for name, spec in specs.items():
+        index.attach(name, spec)
+    index.apply("a", payload([whole(0, 3), removed(HASHES[:1])]))
+    keys = PROMPT.keys(SIZE)
+    assert index.resolve("a", HASHES[:4]) == [*(Binding(key, SIZE) for key in keys[:3]), None]
+    assert index.resolve("shared", HASHES[:1]) == [Binding(keys[0], SIZE)]  # pod-a reads the store
+    assert index.resolve("b", HASHES[:4]) == [None] * 4
+    with pytest.raises(KeyError):
+        index.resolve("nobody", HASHES)
+
+
+def test_hashes_resolve_to_the_block_size_of_their_event(index: Index) -> None:
+    index.attach("s", POD)
+    index.apply("s", payload([stored(PROMPT, HASHES[:2], size=8)]))
+    assert index.resolve("s", HASHES[:1]) == [Binding(PROMPT.keys(8)[0], 8)]

@@ -24,7 +24,7 @@ from kvindexer.events.wire import AllBlocksCleared, BlockRemoved, BlockStored, d
 from kvindexer.index import facts as source_facts
 from kvindexer.index import records as packed_records
 from kvindexer.index.loading import Loader
-from kvindexer.index.seam import Change, HolderMatch, Holding, IndexLimits, SourceStats
+from kvindexer.index.seam import Binding, Change, HolderMatch, Holding, IndexLimits, SourceStats
 from kvindexer.index.share import Share
 from kvindexer.index.space import Space
 from kvindexer.index.topology import is_store, reads
@@ -231,6 +231,15 @@ class PyIndex:
             for key in keys
         ]
 
+    def resolve(self, source: str, hashes: Collection[int]) -> list[Binding | None]:
+        """See `Index.resolve`."""
+        domain = self._shares[source].domain
+        find = domain.bindings.get
+        return [
+            None if key is None else Binding(key, domain.space_of(block_hash).keyspace.block_size)
+            for block_hash, key in zip(hashes, map(find, hashes), strict=True)
+        ]
+
     def keyspaces(self, tenant: str, model: str, additional_salt: str | None = None) -> list[Keyspace]:
         """See `Index.keyspaces`."""
         return [
@@ -271,7 +280,7 @@ class PyIndex:
         """See `Index.hashes`."""
         return packed_records.known(self._shares[source])
 
-    def records(self, source: str, hashes: Iterable[int]) -> list[bytes]:
+    def records(self, source: str, hashes: Collection[int]) -> list[bytes]:
         """See `Index.records`."""
         return packed_records.pack(self._shares[source], hashes)
 

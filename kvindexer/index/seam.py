@@ -10,7 +10,7 @@ An engine is used from one thread and never blocks, waits or reads a clock.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -69,6 +69,13 @@ class Holding(NamedTuple):
     tier: Tier
 
 
+class Binding(NamedTuple):
+    """Which block an engine hash is."""
+
+    key: int
+    block_size: int
+
+
 class SourceStats(NamedTuple):
     """What the index holds of one source."""
 
@@ -124,6 +131,9 @@ class Index(Protocol):
     def locate(self, keyspace: Keyspace, keys: Sequence[int]) -> list[list[Holding]]:
         """Who holds each of these blocks, stores included."""
 
+    def resolve(self, source: str, hashes: Collection[int]) -> list[Binding | None]:
+        """What each of these engine hashes means in the source's hash domain, held or not; None: not known."""
+
     def keyspaces(self, tenant: str, model: str, additional_salt: str | None = None) -> list[Keyspace]:
         """Keyspaces of a model for which a source is registered, or blocks of another size were seen.
 
@@ -145,7 +155,7 @@ class Index(Protocol):
     def hashes(self, source: str) -> array[int]:
         """Every engine hash that has a record of this source, once, as `array("Q")`."""
 
-    def records(self, source: str, hashes: Iterable[int]) -> list[bytes]:
+    def records(self, source: str, hashes: Collection[int]) -> list[bytes]:
         """What the index knows of each of these engine hashes by this source, packed as in `index.records`.
 
         Empty bytes where there is nothing (any more).  Records are absolute and canonical: `Change` names those that
