@@ -4,6 +4,7 @@
                            ├─► Subscriber    their sockets ─► Stream machines ─► ordered payloads
                            ├─► index         payloads ─► who holds what
                            └─► Keeper        a copy of all that in Redis, if there is one
+             Texts             prompts as text ─► tokens
                 api.app ──────► index        questions ─► answers
 
 Everything runs on one event loop in one thread: ingest in bounded slices, queries between them.  So no answer ever
@@ -19,9 +20,10 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import uvicorn
@@ -29,7 +31,7 @@ import uvloop
 
 from kvindexer.api.app import create_app
 from kvindexer.api.metrics import Metrics
-from kvindexer.errors import KvIndexerError
+from kvindexer.errors import KvIndexerError, SettingsError
 from kvindexer.events.fleet import LeastTrusted, LiveFleet
 from kvindexer.events.keeping import Keeper, Nobody
 from kvindexer.index.engine import PyIndex
@@ -40,6 +42,12 @@ from kvindexer.store.keeper import RedisKeeper
 from kvindexer.store.layout import Names
 from kvindexer.store.replica import replica_name
 from kvindexer.store.server import ShardServer
+from kvindexer.tokenization.engines import Engines
+from kvindexer.tokenization.local import LocalTokenizer, UnusableTokenizerError
+from kvindexer.tokenization.remote import RemoteTokenizer
+from kvindexer.tokenization.texts import TextLimits, Texts
+from kvindexer.tokenization.tokenizer import Tokenizer
+from kvindexer.tokenizer_settings import key_of
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +76,40 @@ def open_keeper(settings: Settings) -> Keeper:
         return Nobody()
     server = ShardServer(open_client(settings), Names(settings.store_namespace), settings.store_timeout_s)
     return RedisKeeper(settings, server, replica_name(settings))
+
+
+def open_texts(settings: Settings, count: Callable[[str], None] = lambda _: None) -> Texts:
+    """What makes tokens of texts.  Raises SettingsError for files that can't be used."""
+    limits = TextLimits(
+        max_text_bytes=settings.max_text_bytes,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_concurrent_texts=min(settings.max_concurrent_texts, max(1, settings.max_concurrent_requests // 2)),
+        tokenizer_timeout_s=settings.tokenizer_timeout_s,
+        tokenizer_cache_bytes=settings.tokenizer_cache_bytes,
+        tokenizer_cache_ttl_s=settings.tokenizer_cache_ttl_s,
+    )
+    return Texts({model: _tokenizer(settings, model) for model in settings.tokenizers}, limits, count)
+
+
+def _tokenizer(settings: Settings, model: str) -> Tokenizer:
+    spec = settings.tokenizers[model]
+    if spec.path:
+        template = Path(spec.chat_template) if spec.chat_template else None
+        try:
+            return LocalTokenizer(Path(spec.path), template, threads=settings.tokenizer_threads)
+        except UnusableTokenizerError as error:
+            raise SettingsError(key_of(model), spec.path, error.expected) from None
+    key = settings.tokenizer_api_key
+    connections = settings.tokenizer_connections
+    engines = Engines(
+        spec.engines,
+        connections=connections,
+        answer_max_bytes=settings.tokenizer_answer_max_bytes,
+        api_key=key.get_secret_value() if key else None,
+    )
+    return RemoteTokenizer(
+        engines, spec.model or model, timeout_s=settings.tokenizer_timeout_s, connections=connections
+    )
 
 
 class _Server(uvicorn.Server):
@@ -104,7 +146,8 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     metrics = Metrics()
     fleet = LiveFleet(settings, partial(open_index, settings), metrics, open_keeper(settings))
     metrics.watch(fleet)
-    app = create_app(settings, fleet.index, fleet, metrics)
+    texts = open_texts(settings, metrics.text)
+    app = create_app(settings, fleet.index, fleet, metrics, texts)
     config = uvicorn.Config(
         app,
         http="httptools",
@@ -118,7 +161,10 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     async with fleet.running():
         host, port = listener.getsockname()[:2]
         _log.info("serving on http://%s:%d with %d sources", host, port, len(settings.sources))
-        await _Server(config, fleet).serve(sockets=[listener])
+        try:
+            await _Server(config, fleet).serve(sockets=[listener])
+        finally:
+            await texts.close()
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:
@@ -142,6 +188,7 @@ def run(settings: Settings) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # or it has a line for each request to an engine
     _raise_descriptor_limit(settings)
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 import threading
@@ -23,6 +24,7 @@ from kvindexer.api.fleet import InstanceStatus, SourceReport, StoreFigures, Stor
 from kvindexer.api.metrics import Metrics
 from kvindexer.events.sources import Registry
 from kvindexer.index.engine import PyIndex
+from kvindexer.service import open_texts
 from kvindexer.settings import Settings
 from kvindexer.types import SourceSpec, SourceType
 
@@ -52,6 +54,9 @@ class FakeFleet:
 
     def specs(self) -> list[SourceSpec]:
         return [spec for _, spec in self.registry]
+
+    def sources(self) -> dict[str, SourceSpec]:
+        return dict(self.registry)
 
     def register(self, spec: SourceSpec) -> bool:
         source = self.registry.register(spec)
@@ -115,7 +120,8 @@ class Api:
         self.index = PyIndex()
         self.fleet = FakeFleet(self.index)
         self.metrics = Metrics()
-        self.app = create_app(self.settings, self.index, self.fleet, self.metrics)
+        self.texts = open_texts(self.settings, self.metrics.text)
+        self.app = create_app(self.settings, self.index, self.fleet, self.metrics, self.texts)
         self.address = ("", 0)
         self.client: httpx.Client
 
@@ -175,6 +181,8 @@ def serving(**settings: Any) -> Iterator[Api]:
     host.app = api.app
     with api.client:
         yield api
+        if host.loop is not None:
+            asyncio.run_coroutine_threadsafe(api.texts.close(), host.loop).result(10)
 
 
 class _Host:
@@ -182,6 +190,7 @@ class _Host:
 
     def __init__(self) -> None:
         self.app: ASGIApp
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()
         config = uvicorn.Config(self, http="httptools", lifespan="off", log_config=None, access_log=False)
@@ -189,6 +198,7 @@ class _Host:
         threading.Thread(target=uvloop.run, args=(serve,), daemon=True).start()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.loop = asyncio.get_running_loop()
         await self.app(scope, receive, send)
 
 

@@ -11,13 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from api_server import Api, error, serving
+from tokenizing import make_tokenizer
 
 PROMPT = list(range(40))
+CHAT = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 FIELDS = {
     "/v1/match": (
+        *("prompt", "add_special_tokens", *CHAT),
         *("model", "tokens", "tokens_b64", "keys", "prompt_tokens", "block_size", "tenant", "lora", "cache_salt"),
         *("additional_salt", "multimodal", "candidates", "require"),
     ),
+    "/score_completions": ("model", "prompt", "temperature"),
+    "/score_chat_completions": ("model", *CHAT),
     "/query": (
         *("model", "modelname", "model_name", "token_ids", "tenant_id", "routing_group", "block_size", "lora_name"),
         *("lora_id", "cache_salt", "additionalsalt", "additional_salt", "instance_id"),
@@ -44,6 +49,11 @@ LIKELY: st.SearchStrategy[Any] = st.sampled_from(
         *(0, 1, 4, -1, 2**31, 2**32, 2**63, 2**64 - 1, 2**64, -(2**63), 1.0, True, None),
         *(PROMPT, [], [-1], [2**64], ["live", "sound"], ["pod-a", "x"], ["pod-a", "\udc00"], [{}]),
         [{"hash": "x", "offset": 3, "length": 2}],
+        [{"role": "user", "content": "the fox"}],
+        [{"role": "user", "content": [{"type": "text", "text": "the fox"}]}],
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+        [{"role": "assistant", "tool_calls": [{"function": {"arguments": "["}}]}],
+        [{"type": "function", "function": {"name": "f"}}],
         [{"hash": "\udc00", "offset": 2**32, "length": 2**32}],
     ]
 )
@@ -55,8 +65,9 @@ ANYTHING = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def api() -> Iterator[Api]:
-    with serving() as running:
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    path = make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    with serving(tokenizers={"m": {"path": str(path)}}) as running:
         running.store(running.add("pod-a"), PROMPT)
         yield running
 

@@ -325,6 +325,8 @@ def test_the_openapi_document_describes_every_route_and_no_other(api: Api) -> No
         "/v1/match/batch",
         "/v1/keys",
         "/v1/sources",
+        "/score_completions",
+        "/score_chat_completions",
         "/query",
         "/query_by_hash",
         "/register",

@@ -3,7 +3,7 @@
 Shield            every request gets an answer in the one error shape, and is counted
 ConcurrencyLimit  not too many at once
 BodyReader        not too large, not too slow; inside, bodies are complete
-HotRoutes         /v1/match, /v1/match/batch, /v1/keys, /query, /query_by_hash: bytes in, bytes out
+HotRoutes         /v1/match, /v1/match/batch, /v1/keys, /query, /query_by_hash, /score_...: bytes in, bytes out
 FastAPI           everything else, and the OpenAPI document of all
 """
 
@@ -43,16 +43,23 @@ from kvindexer.api.schemas import (
     MatchAnswer,
     MatchRequest,
 )
+from kvindexer.api.score import ScoreChatRequest, ScoreRequest, ScoreRoutes, Scores
 from kvindexer.api.shield import Shield
+from kvindexer.api.text import TextPrompts
 from kvindexer.errors import RequestError
 from kvindexer.index.seam import Index
 from kvindexer.settings import Settings
+from kvindexer.tokenization.texts import Texts
 
 _RFC_ANSWERS: Final = (dict[str, dict[str, MooncakeFigures]], DynamoAnswer)
 _RFC_QUERY: Final = (
     "With `model` the answer has Mooncake's form, tenant -> instance -> figures, each tier by itself; with "
     "`model_name` it has Dynamo's, each tier with the nearer ones.  All figures are tokens; instances that hold "
     "nothing are not listed."
+)
+_SCORES: Final = (
+    "As the example service of llm-d answers: instance -> leading blocks that it holds, each times the weight of the "
+    "nearest tier that it lies on.  Instances that hold nothing are not listed."
 )
 _HOT: Final = (
     HotRoute(
@@ -87,6 +94,10 @@ _HOT: Final = (
     ),
     HotRoute("/query", "Prefix query by tokens", _RFC_QUERY, "RFC #1403", TokenQuery, _RFC_ANSWERS),
     HotRoute("/query_by_hash", "Prefix query by hashes", _RFC_QUERY, "RFC #1403", HashQuery, _RFC_ANSWERS),
+    HotRoute("/score_completions", "Scores for a prompt", _SCORES, "llm-d", ScoreRequest, (Scores,), msgpack=True),
+    HotRoute(
+        "/score_chat_completions", "Scores for a chat", _SCORES, "llm-d", ScoreChatRequest, (Scores,), msgpack=True
+    ),
 )
 
 
@@ -98,18 +109,24 @@ _DESCRIPTION: Final = (
 )
 
 
-def create_app(settings: Settings, index: Index, fleet: Fleet, metrics: Metrics) -> ASGIApp:
-    """The ASGI application; it uses index and fleet in the event loop's thread and owns neither."""
+def create_app(
+    settings: Settings, index: Index, fleet: Fleet, metrics: Metrics, texts: Texts | None = None
+) -> ASGIApp:
+    """The ASGI application; it uses index, fleet and texts in the event loop's thread and owns none of them."""
     metrics.watch(fleet)
     models = KnownModels(fleet)
     queries = QueryRoutes(settings, index, models, metrics)
     matcher = Matcher(settings, index, fleet, models, metrics)
-    matches = MatchRoutes(settings, matcher)
+    prompts = TextPrompts(texts or Texts({}))
+    matches = MatchRoutes(settings, matcher, prompts)
+    scores = ScoreRoutes(settings, index, models, metrics, prompts)
     handlers: dict[str, Handler] = {"/query": queries.by_tokens, "/query_by_hash": queries.by_hash}
     calls: dict[str, CallHandler] = {
         "/v1/match": matches.one,
         "/v1/match/batch": matches.batch,
-        "/v1/keys": KeysRoute(settings, matcher),
+        "/v1/keys": KeysRoute(settings, matcher, prompts),
+        "/score_completions": scores.completions,
+        "/score_chat_completions": scores.chats,
     }
     rest = FastAPI(
         title="kvindexer",

@@ -20,6 +20,9 @@ MAX_MESSAGE: Final = 200
 FURTHER_VALUES: Final = 100_000
 """Values that may stand elsewhere than in a list with a limit: fields, items, and (of JSON) commas in names."""
 
+NESTED: Final = frozenset({"messages", "tools", "chat_template_kwargs"})
+"""Fields that hold maps and lists in any depth."""
+
 _MAP: Final = 0x80
 _LIST: Final = 0x90
 """First bytes of short maps and lists in msgpack."""
@@ -58,7 +61,7 @@ def check_size(
     """Refuse a body with more values than all its limits allow together before time is spent on decoding it.
 
     Every value of JSON but the first of a list comes with a comma; of msgpack the lists of the outermost object are
-    looked at, whose items can't be lists.  Raises TooLargeError.
+    looked at, whose items can't be lists; in `NESTED` fields each byte is taken for a value.  Raises TooLargeError.
     """
     most = sum(limits) + FURTHER_VALUES
     if len(body) <= most:  # a value takes a byte or more
@@ -78,7 +81,9 @@ def _listed(body: bytes) -> int:
         raise RequestError(
             "malformed_msgpack", "the body is no msgpack object with each name once", "send one msgpack object"
         )
-    return sum(_items(memoryview(raw), _LIST) for raw in fields.values())
+    return sum(
+        len(memoryview(raw)) if name in NESTED else _items(memoryview(raw), _LIST) for name, raw in fields.items()
+    )
 
 
 _read_fields = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode

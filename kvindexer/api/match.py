@@ -1,6 +1,7 @@
 """POST /v1/match and /v1/match/batch: how long a prefix of a prompt does each instance hold, and how sure is that.
 
 body ─► MatchRequest ─► Matcher.asked, prompt ─► Matcher.answer ─► MatchAnswer
+        text in it? ─► tokens (wait) ─┘
 body ─► BatchRequest ─► Matcher.asked, prompts ─► Matcher.answer for each ─► BatchAnswer
 
 A batch does once what is the same for all of its prompts: names, candidates, HTTP.  Between prompts it lets others
@@ -10,6 +11,7 @@ have their turn, so that a large batch delays nobody; each prompt's result is of
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from time import perf_counter
 from typing import Final
 
@@ -27,6 +29,7 @@ from kvindexer.api.schemas import (
     MatchAnswer,
     MatchRequest,
 )
+from kvindexer.api.text import TextPrompts, has_text
 from kvindexer.errors import RequestError, TooLargeError
 from kvindexer.settings import Settings
 
@@ -38,22 +41,32 @@ _read_prompt: Final = {form: reader(BatchPrompt, form) for form in FORMS}
 class MatchRoutes:
     """Both routes."""
 
-    def __init__(self, settings: Settings, matcher: Matcher) -> None:
+    def __init__(self, settings: Settings, matcher: Matcher, texts: TextPrompts) -> None:
         self._matcher = matcher
+        self._texts = texts
         self._max_prompt_tokens = settings.max_prompt_tokens
         self._max_candidates = settings.max_candidates
         self._max_batch = settings.max_batch
         self._max_batch_tokens = settings.max_batch_tokens
         self._slice_s = settings.slice_ms / 1000
 
-    def one(self, call: Call) -> bytes:
+    def one(self, call: Call) -> bytes | Awaitable[bytes]:
         """POST /v1/match.  Raises RequestError."""
         check_size(call.body, self._max_prompt_tokens, self._max_candidates, form=call.form)
         request = _read[call.form](call.body)
         asked = self._matcher.asked(request, call.answer)
-        prompt = prompt_of(request, asked.spaces, self._max_prompt_tokens)
+        if has_text(request):
+            return self._of_text(call, request)
+        return self._answer(call, asked, prompt_of(request, asked.spaces, self._max_prompt_tokens))
+
+    async def _of_text(self, call: Call, request: MatchRequest) -> bytes:
+        """Wait for the tokens, then look at everything anew: sources may have come and gone meanwhile."""
+        prompt = await self._texts.prompt(request)
+        return self._answer(call, self._matcher.asked(request, call.answer), prompt)
+
+    def _answer(self, call: Call, asked: Asked, prompt: Prompt) -> bytes:
         blocks, tokens, matches, reason = self._matcher.answer(asked, prompt)
-        answer = MatchAnswer(request.model, blocks, tokens, matches, *named(asked.candidates), reason)
+        answer = MatchAnswer(asked.model, blocks, tokens, matches, *named(asked.candidates), reason)
         return call.answer.encode(answer)
 
     async def batch(self, call: Call) -> bytes:

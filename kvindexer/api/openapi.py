@@ -25,7 +25,7 @@ ERRORS: Final = {
     "413": "Beyond a limit",
     "422": "A value is missing, of the wrong type or out of range",
     "500": "A fault of the service",
-    "503": "Too many requests at once",
+    "503": "Too many requests at once, or no tokens for a text now",
 }
 
 

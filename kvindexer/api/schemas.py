@@ -11,6 +11,15 @@ import msgspec
 from msgspec import Meta
 
 from kvindexer.api.errors import ErrorDetail
+from kvindexer.api.text import (
+    GenerationPrompt,
+    GoesOn,
+    Messages,
+    PromptText,
+    SpecialTokens,
+    TemplateKwargs,
+    Tools,
+)
 
 MAX_NAME: Final = 1024
 """Longest model, instance, tenant, LoRA or salt."""
@@ -103,13 +112,20 @@ class Question(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class MatchRequest(Question, kw_only=True, forbid_unknown_fields=True):
-    """A prompt, as one of `tokens`, `tokens_b64`, `keys` and `keys_b64`, and whose cache to look at."""
+    """A prompt, as tokens, keys (either as a list or packed) or text, and whose cache to look at."""
 
     tokens: Tokens | None = None
     tokens_b64: PackedTokens | None = None
     keys: Keys | None = None
     keys_b64: PackedKeys | None = None
     prompt_tokens: PromptTokens | None = None
+    prompt: PromptText | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    add_generation_prompt: GenerationPrompt | None = None
+    continue_final_message: GoesOn | None = None
+    add_special_tokens: SpecialTokens | None = None
     lora: Text | None = None
     cache_salt: Text | None = None
     multimodal: list[Multimodal] | None = None
@@ -138,7 +154,7 @@ class BatchRequest(Question, kw_only=True, forbid_unknown_fields=True):
 
 
 class KeysRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A prompt, as one of `tokens` and `tokens_b64`, and what else its keys depend on."""
+    """A prompt, as one of `tokens`, `tokens_b64`, `prompt` and `messages`, and what else its keys depend on."""
 
     model: Name
     block_size: Annotated[Size, Meta(description="Needed if the model has blocks of several sizes.")] | None = None
@@ -146,6 +162,13 @@ class KeysRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     additional_salt: Salt | None = None
     tokens: Tokens | None = None
     tokens_b64: PackedTokens | None = None
+    prompt: PromptText | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    add_generation_prompt: GenerationPrompt | None = None
+    continue_final_message: GoesOn | None = None
+    add_special_tokens: SpecialTokens | None = None
     lora: Text | None = None
     cache_salt: Text | None = None
     multimodal: list[Multimodal] | None = None
