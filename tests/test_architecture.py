@@ -19,7 +19,8 @@ CORE = (
     "events/stream",
     "events/held",
     "events/states",
-    "tokenization",
+    "tokenization/blocks",
+    "tokenization/extras",
     "index",
     "tiering",
 )
