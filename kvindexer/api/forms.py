@@ -47,7 +47,7 @@ def call_of(body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Call:
         if name == b"content-type":
             if value.partition(b";")[0].strip().lower() in _MSGPACK:
                 given = MSGPACK
-        elif name == b"accept" and b"msgpack" in value:
+        elif name == b"accept" and b"msgpack" in value.lower():
             answer = _accepted(value)
     return Call(body, given, answer)
 
