@@ -79,6 +79,23 @@ def test_truncation_and_padding_left_in_the_file_do_nothing(tmp_path: Path) -> N
     assert tokens(tmp_path, Completion("the dog " * 10)) == packed("<s> " + "the dog " * 10)
 
 
+def test_the_loop_has_its_turn_while_a_long_text_is_tokenized(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+
+    async def run() -> int:
+        tokenizer = LocalTokenizer(tmp_path)
+        task = asyncio.create_task(tokenizer.tokenize(Completion("the dog " * 150_000)))
+        turns = 0
+        while not task.done():
+            await asyncio.sleep(0.001)
+            turns += 1
+        assert len((await task).tokens) == 4 * 300_001
+        await tokenizer.close()
+        return turns
+
+    assert asyncio.run(run()) > 10
+
+
 # Where templates lie
 
 

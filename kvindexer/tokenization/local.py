@@ -5,8 +5,8 @@
     chat_template.jinja        the chat template, before that in tokenizer_config.json; or chat_template.json
     additional_chat_templates/*.jinja   further templates by name, `tool_use` for chats with tools
 
-Everything is read once, at start.  Texts are worked on in a few threads of their own: the library lets go of the
-interpreter while it works, so queries go on meanwhile.
+Everything is read once, at start.  Texts are worked on in a few threads of their own.  The library lets go of the
+interpreter in its calls for batches only, so a text is a batch of one: queries go on meanwhile.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ class LocalTokenizer:
             case Chat(add_special_tokens=special) as chat:
                 plain = self._template.render(chat)
         try:
-            ids = self._tokenizer.encode(plain, add_special_tokens=special).ids
+            (encoded,) = self._tokenizer.encode_batch_fast([plain], add_special_tokens=special)
         except (TypeError, UnicodeEncodeError):  # what the library says of text that can't be UTF-8
             raise PromptRefusedError("the text is no Unicode: it has half a surrogate pair") from None
+        ids = encoded.ids
         if special and self._first is not None:
             token, present = self._first
             ids = ids[1:] if present else [token, *ids]
