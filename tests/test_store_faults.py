@@ -16,6 +16,7 @@ from redis import Redis
 from kvindexer.errors import StoreError
 from kvindexer.settings import Settings
 from kvindexer.store.connect import open_client
+from kvindexer.store.failures import asking
 from kvindexer.store.layout import Meta, Names, shard_tag
 from kvindexer.store.server import ShardServer
 from kvindexer.testing import BlockStored, FakeEngine, FaultProxy, LinkFaults
@@ -614,5 +615,20 @@ def test_a_call_that_is_cancelled_ends(redis_server: Server, redis_cluster: Clus
                 assert task.cancelled()
         finally:
             await server.close()
+
+    with_small_engine(scenario)
+
+
+def test_a_connection_that_breaks_under_uvloop_is_no_bug_of_ours() -> None:
+    """It says so with a RuntimeError; any other one is a bug, and stays what it is."""
+
+    async def scenario(_engine: FakeEngine) -> None:
+        with pytest.raises(StoreError) as caught:
+            async with asking(1.0):
+                raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+        assert caught.value.reason == "unreachable"
+        with pytest.raises(RuntimeError, match="something else"):
+            async with asking(1.0):
+                raise RuntimeError("something else")
 
     with_small_engine(scenario)

@@ -142,6 +142,8 @@ _VAGUE: Final = frozenset({"unreachable", "refused", "cluster_down", "timeout", 
 _TELLING: Final = frozenset({"auth", "no_password", "no_rights", "tls", "unknown_host", "loading", "bad_reply"})
 _NOT_A_CLUSTER: Final = "Cluster mode is not enabled on this node"
 """What redis-py says instead of the server's refusal to list its slots."""
+_CLOSED: Final = "the handler is closed"
+"""What uvloop says, as a RuntimeError, to whoever writes to a connection that has just broken."""
 _SENTENCES: Final = {
     "no_primary": "no sentinel knows a primary that is up",
     "no_connection": "all connections are in use",
@@ -177,8 +179,10 @@ async def asking(budget_s: float) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(budget_s):
             yield
-    except FAILURES as error:
-        failure = store_error(error)
+    except (*FAILURES, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _CLOSED not in str(error):
+            raise
+        failure = store_error(ConnectionError(_CLOSED) if isinstance(error, RuntimeError) else error)
         failure.__cause__ = error
     if task is not None and task.cancelling() > cancellations:
         raise asyncio.CancelledError

@@ -165,6 +165,10 @@ class RedisKeeper:
                 await self._writing.load(kept)
             except StoreError as error:
                 self._trouble(kept.source, error)
+            except Exception:  # noqa: BLE001 - a source that can't be warmed is followed all the same
+                _log.exception("source %s could not be loaded from the store", kept.source)
+                failed = f"{kept.source}: a load failed"
+                self._problems[kept.source] = StoreProblem("unexpected", failed, "see the log")
             finally:
                 kept.busy = False
         self._dial(kept)
