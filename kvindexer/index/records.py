@@ -21,7 +21,8 @@ Where a source has nothing to say of a hash, the record is empty.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
+from itertools import chain
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -83,19 +84,24 @@ class _Packer(NamedTuple):
 def known(share: Share) -> array[int]:
     """Every engine hash of which the source has a record, once."""
     domain = share.domain
-    hashes = dict.fromkeys(block_hash for place in share.places.values() for block_hash in place.copies)
+    hashes = dict.fromkeys(chain.from_iterable(place.copies for place in share.places.values()))
     if share is domain.keeper:
         hashes |= dict.fromkeys(domain.holds_none(domain.dead))
         hashes |= dict.fromkeys(domain.holds_none(domain.waits_for))
     return array("Q", hashes)
 
 
-def pack(share: Share, hashes: Iterable[int]) -> list[bytes]:
+def pack(share: Share, hashes: Collection[int]) -> list[bytes]:
     """The record of each hash."""
     domain = share.domain
     find, elsewhere = domain.bindings.get, domain.elsewhere
     keeps, simple = share is domain.keeper, domain.parents is None
     places = _packers(share)
+    if len(places) == 1 and simple and not elsewhere:
+        copies_of, one, *_ = places[0]
+        keys = list(map(find, hashes))
+        if None not in keys and list(map(copies_of, hashes)).count(1) == len(keys):
+            return [_pack_keyed(KEYED, key) + one for key in keys]
     records: list[bytes] = []
     for block_hash in hashes:
         spots = b""

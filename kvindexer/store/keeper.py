@@ -49,6 +49,8 @@ _JOBS: Final = 4
 """Shards that are written or loaded at once."""
 _SOON_S: Final = 3600.0
 """At the end nothing waits for more to come."""
+_WRITE_PAUSE_S: Final = 0.02
+"""Time between writes, of whatever source, unless a source has much to write."""
 _REASON_FOREIGN: Final = "foreign"
 _HINT: Final = "docs/redis.md says what the server needs"
 
@@ -81,7 +83,6 @@ class RedisKeeper:
         self._server_s = 0
         self._reachable = False
         self.writes = 0
-        self.records_written = 0
         self.refusals = 0
         self.checks = 0
         self.divergences = 0
@@ -247,7 +248,7 @@ class RedisKeeper:
             self._reachable,
             len(self._replicas),
             self.writes,
-            self.records_written,
+            self._writing.records,
             self.refusals,
             self.checks,
             self.divergences,
@@ -426,8 +427,9 @@ class RedisKeeper:
                 self._decide()
 
     def _decide(self) -> None:
-        now = time.monotonic()
+        now, interval_s = time.monotonic(), self._interval_s()
         for kept in list(self._kept.values()):
+            kept.shard.flush_interval_s = interval_s
             if kept.busy or not kept.dialled:
                 continue
             step = kept.shard.decide(now)
@@ -441,10 +443,17 @@ class RedisKeeper:
             kept.busy = True
             self._spawn(self._work(kept), "write")
 
+    def _interval_s(self) -> float:
+        """Longer with many sources at work, for a write costs as much as hundreds of records; others mustn't wait."""
+        settings = self._settings
+        waiting = sum(kept.shard.pending_records > 0 for kept in self._kept.values())
+        return max(settings.store_flush_interval_s, min(_WRITE_PAUSE_S * waiting, settings.store_takeover_s / 2))
+
     async def _work(self, kept: KeptSource) -> None:
         """Decide again when it is our turn, for what is written must be what is decided on."""
         async with self._jobs:
             try:
+                await self._writing.slice()
                 await self._do(kept, kept.shard.decide(time.monotonic()))
             finally:
                 kept.busy = False
@@ -458,7 +467,6 @@ class RedisKeeper:
             match step:
                 case Flush():
                     refusal = await self._writing.flush(kept, step)
-                    self.records_written += len(step.hashes)
                 case Rewrite():
                     refusal = await self._writing.rewrite(kept, step)
                 case Load(why):

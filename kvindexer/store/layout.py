@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Final, NamedTuple
@@ -33,13 +34,14 @@ BUCKET_ENTRIES: Final = 80
 """Entries a bucket, on average, above which a shard gets more buckets: Redis packs hashes tightly up to 128."""
 _FRESH_BUCKET_ENTRIES: Final = 48
 """Entries a bucket of a generation that is written anew, at most; buckets are a power of two, so mostly fewer."""
+_GROWTH: Final = 4
 MAX_BUCKETS: Final = 2**20
 MAX_RECORD_BYTES: Final = 2**16 - 1
 _GROUP: Final = 1000
 """Records of one bucket in one piece: Lua passes at most 8,000 values to a call."""
 
 _BUCKET_HEAD: Final = struct.Struct("<IH")
-_HASH_SIZE: Final = 8
+_RECORD_HEAD: Final = struct.Struct("<QH")
 
 # What of a source decides what its events mean: another value makes another shard.  Readers, for instance, do not.
 _MEANING: Final = (
@@ -159,6 +161,11 @@ def buckets_for(entries: int) -> int:
     return min(MAX_BUCKETS, 1 << max(0, -(-entries // _FRESH_BUCKET_ENTRIES) - 1).bit_length())
 
 
+def more_buckets(entries: int, buckets: int) -> int:
+    """Buckets for a shard that is overfull: four times as many at least, for while it grows that copies all of it."""
+    return max(buckets_for(entries), min(MAX_BUCKETS, _GROWTH * buckets))
+
+
 def overfull(entries: int, buckets: int) -> bool:
     """Whether a shard should get more buckets."""
     return entries > BUCKET_ENTRIES * buckets and buckets < MAX_BUCKETS
@@ -167,12 +174,9 @@ def overfull(entries: int, buckets: int) -> bool:
 def pack_records(hashes: Sequence[int], records: Sequence[bytes], buckets: int) -> bytes:
     """Records, ordered by bucket, as the scripts read them (see lua/common.lua); an empty record takes one away."""
     mask = buckets - 1
-    by_bucket: dict[int, list[bytes]] = {}
+    by_bucket: dict[int, list[bytes]] = defaultdict(list)
     for block_hash, record in zip(hashes, records, strict=True):
-        pieces = by_bucket.get(block_hash & mask)
-        if pieces is None:
-            pieces = by_bucket[block_hash & mask] = []
-        pieces.append(block_hash.to_bytes(_HASH_SIZE, "little") + len(record).to_bytes(2, "little") + record)
+        by_bucket[block_hash & mask].append(_RECORD_HEAD.pack(block_hash, len(record)) + record)
     return b"".join(_bucket_pieces(by_bucket))
 
 

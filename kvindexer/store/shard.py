@@ -76,10 +76,9 @@ class Wait(NamedTuple):
 
 
 class Flush(NamedTuple):
-    """Write the records of these hashes as they are now."""
+    """Write what has changed since `base` as it is now; see `Shard.changed_since`."""
 
     base: int
-    hashes: array[int]
 
 
 class Rewrite(NamedTuple):
@@ -140,7 +139,7 @@ class Shard:
     ) -> None:
         self._local = local
         self.registration = registration
-        self._flush_interval_s = flush_interval_s
+        self.flush_interval_s = flush_interval_s
         self._takeover_s = takeover_s
         self.max_pending_bytes = max_pending_bytes
         self.epoch: int | None = None
@@ -331,7 +330,7 @@ class Shard:
         if self._local.next_seq == theirs.next and not self._amended:
             self._trouble_at = None
             return IN_STEP
-        return Flush(theirs.next, self.changed_since(theirs.next)) if due else Wait("more may come")
+        return Flush(theirs.next) if due else Wait("more may come")
 
     def _behind_better(self, theirs: Checkpoint, mine: Coverage, now: float) -> Step:
         """Redis has more of the truth than we: take it over, if somebody keeps it up or we can go on from it."""
@@ -351,7 +350,7 @@ class Shard:
 
     def _due(self, now: float) -> bool:
         waited_s = 0.0 if self.dirty_at is None else now - self.dirty_at
-        return self.eager or waited_s >= self._flush_interval_s + self.turn * self._takeover_s
+        return self.eager or waited_s >= self.flush_interval_s + self.turn * self._takeover_s
 
     @property
     def _up_to_date(self) -> bool:

@@ -7,6 +7,7 @@ is collected, and goes in with the last piece, which puts the new content in pla
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -23,6 +24,8 @@ from kvindexer.store.layout import (
     Meta,
     UnreadableError,
     buckets_for,
+    more_buckets,
+    overfull,
     pack_records,
 )
 from kvindexer.store.server import Refusal, ShardServer
@@ -32,7 +35,7 @@ from kvindexer.types import Epoch
 _log = logging.getLogger(__name__)
 
 PIECE_RECORDS: Final = 2_048
-"""Records that are packed or loaded at once: a few milliseconds, between which queries get their turn."""
+"""Records that are packed or loaded at once: two milliseconds, between which queries get their turn."""
 _MOST_PIECES_BEHIND: Final = 1_000
 """Pieces that a rewrite may still need after the first pass; a source that changes faster can't be caught."""
 _LOAD_TRIES: Final = 4
@@ -49,15 +52,23 @@ class Writing:
         self._index = index
         self._replica = replica
         self._clock = clock
+        self.records = 0
+        """Sent to the store so far."""
+        self._slices = asyncio.Lock()
+
+    async def slice(self) -> None:
+        """Wait for a moment in which queries have had their turn: jobs that go on together would add up otherwise."""
+        async with self._slices:
+            await asyncio.sleep(0)
 
     async def flush(self, kept: KeptSource, step: Flush) -> Refusal | None:
         """Write what has changed; to be called in the same breath as the decision.  Raises StoreError."""
         shard, index = kept.shard, self._index
         meta = _content(kept)
-        amended = shard.take_amendments()
+        hashes, amended = shard.changed_since(step.base), shard.take_amendments()
         upto = shard.checkpoint(meta.checkpoint.epoch)
         facts = index.facts(kept.source)
-        packed = self._pack(kept, step.hashes, meta.buckets)
+        packed = self._pack(kept, hashes, meta.buckets)
         try:
             author = kept.author(self._replica)
             answer = await self._server.flush(kept.tag, author, base=step.base, upto=upto, facts=facts, packed=packed)
@@ -93,12 +104,15 @@ class Writing:
         before = shard.remote.meta if shard.remote is not None else None
         hashes: Sequence[int] = index.hashes(kept.source)
         generation, buckets = secrets.token_hex(4), buckets_for(len(hashes))
+        if before is not None and overfull(len(hashes), before.buckets):
+            buckets = more_buckets(len(hashes), before.buckets)
         begin, pieces = True, len(hashes) // PIECE_RECORDS + _MOST_PIECES_BEHIND
         while len(hashes) > PIECE_RECORDS or begin:
             for start in range(0, len(hashes), PIECE_RECORDS) or (0,):
                 packed = self._pack(kept, hashes[start : start + PIECE_RECORDS], buckets)
                 staged = await server.stage(kept.tag, author, generation, buckets, packed, begin=begin)
                 begin, pieces = False, pieces - 1
+                await self.slice()
                 if isinstance(staged, Refusal):
                     return staged
                 if kept.dropped or kept.life != life or pieces < 0:
@@ -139,6 +153,7 @@ class Writing:
         records = self._index.records(kept.source, hashes)
         if any(len(record) > MAX_RECORD_BYTES for record in records):  # thousands of places of one block
             records = [record if len(record) <= MAX_RECORD_BYTES else b"" for record in records]
+        self.records += len(records)
         return pack_records(hashes, records, buckets)
 
     async def load(self, kept: KeptSource) -> bool:
@@ -193,6 +208,7 @@ class Writing:
     async def _fill(self, kept: KeptSource, meta: Meta, *, hold: bool) -> int:
         count = 0
         async for _, hashes, records in self._server.buckets(kept.tag, meta):
+            await self.slice()
             if kept.dropped:
                 break
             try:
