@@ -44,7 +44,7 @@ from kvindexer.store.replica import replica_name
 from kvindexer.store.server import ShardServer
 from kvindexer.tokenization.engines import Engines
 from kvindexer.tokenization.local import LocalTokenizer, UnusableTokenizerError
-from kvindexer.tokenization.remote import RemoteTokenizer
+from kvindexer.tokenization.remote import FAIR_SHARE, RemoteTokenizer
 from kvindexer.tokenization.texts import TextLimits, Texts
 from kvindexer.tokenization.tokenizer import Tokenizer
 from kvindexer.tokenizer_settings import key_of
@@ -105,6 +105,7 @@ def _tokenizer(settings: Settings, model: str) -> Tokenizer:
         spec.engines,
         connections=connections,
         answer_max_bytes=settings.tokenizer_answer_max_bytes,
+        fair_s=settings.tokenizer_timeout_s * FAIR_SHARE,
         api_key=key.get_secret_value() if key else None,
     )
     return RemoteTokenizer(

@@ -8,7 +8,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import pytest
@@ -18,7 +18,7 @@ from kvindexer.tokenization import engines as module
 from kvindexer.tokenization.blocks import pack_tokens
 from kvindexer.tokenization.engines import Engines
 from kvindexer.tokenization.extras import MultimodalItem
-from kvindexer.tokenization.remote import RENDER, TOKENIZE, RemoteTokenizer
+from kvindexer.tokenization.remote import FAIR_SHARE, RENDER, TOKENIZE, RemoteTokenizer
 from kvindexer.tokenization.tokenizer import Chat, Completion, Text, Tokenized
 from tokenizing import FakeEngine, Says, fake_engine, ids, reply, tokens_of
 
@@ -56,7 +56,13 @@ def using(
     api_key: str | None = None,
 ) -> T:
     async def run() -> T:
-        pool = Engines(urls, connections=4, answer_max_bytes=answer_max_bytes, api_key=api_key)
+        pool = Engines(
+            urls,
+            connections=4,
+            answer_max_bytes=answer_max_bytes,
+            fair_s=timeout_s * FAIR_SHARE,
+            api_key=api_key,
+        )
         tokenizer = RemoteTokenizer(pool, "served", timeout_s=timeout_s, connections=4)
         try:
             return await act(tokenizer)
@@ -320,6 +326,26 @@ def test_no_more_requests_are_under_way_than_allowed(engine: FakeEngine) -> None
         return await asyncio.gather(*under_way, return_exceptions=True)
 
     assert all(isinstance(result, Tokenized) for result in using([engine.url], act))
+
+
+def test_an_engine_is_not_ill_because_texts_waited_for_their_turn(
+    engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def slow(asked: dict[str, Any]) -> Any:
+        sleep(0.25)
+        return tokens_of(asked)
+
+    engine.says[TOKENIZE] = slow
+
+    async def act(tokenizer: RemoteTokenizer) -> None:
+        texts = [Completion(str(number)) for number in range(48)]
+        results = await asyncio.gather(*(tokenizer.tokenize(text) for text in texts), return_exceptions=True)
+        made = sum(isinstance(result, Tokenized) for result in results)
+        assert 4 <= made < len(results)
+        assert await tokenizer.tokenize(FOX)
+
+    using([engine.url], act, timeout_s=2)
+    assert not caplog.records
 
 
 def test_an_engine_is_not_asked_through_a_proxy(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,11 @@ def fake_engine() -> Iterator[FakeEngine]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def handle(self) -> None:
+            """Clients may go at any time."""
+            with suppress(ConnectionResetError, BrokenPipeError):
+                super().handle()
 
         def do_GET(self) -> None:
             self._send(engine.health, b"")

@@ -2,6 +2,8 @@
 
     up ──no connection, no answer in time, 429, 502-504──► down ──GET /health is answered──► up
 
+A text that had to wait for its turn leaves a server little time: not answering in that is no sign of illness.
+
 A server that is down is asked for its health after a pause that doubles with every failure; only tokens that it
 delivers make it short again.  Any answer but a 5xx counts as health: not all servers have that route.
 
@@ -24,6 +26,8 @@ _log = logging.getLogger(__name__)
 HEALTH: Final = "/health"
 CONNECT_S: Final = 1.0
 HEALTH_S: Final = 2.0
+KEEPALIVE_S: Final = 2.0
+"""Idle connections are closed before the servers do so (uvicorn: after 5 s), or a request could run into that."""
 PAUSE_MIN_S: Final = 0.5
 PAUSE_MAX_S: Final = 30.0
 _SERVER_ERRORS: Final = 500
@@ -34,8 +38,9 @@ _JSON: Final = {"content-type": "application/json", "accept-encoding": "identity
 class EngineError(Exception):
     """This engine has no usable answer; another one may have.  `kind` is a short fixed phrase."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, slow: bool = False) -> None:
         self.kind = kind
+        self.slow = slow
         super().__init__(kind)
 
 
@@ -66,12 +71,20 @@ class Engines:
     """All servers of a model, and the connections to them."""
 
     def __init__(
-        self, urls: Sequence[str], *, connections: int, answer_max_bytes: int, api_key: str | None = None
+        self,
+        urls: Sequence[str],
+        *,
+        connections: int,
+        answer_max_bytes: int,
+        fair_s: float,
+        api_key: str | None = None,
     ) -> None:
+        """`fair_s` is the time in which a server that is well should answer."""
         self._engines = [Engine(url.rstrip("/")) for url in urls]
         self._next = random.randrange(len(urls))  # noqa: S311 - replicas needn't begin with the same one
         self._connections = connections
         self._answer_max_bytes = answer_max_bytes
+        self._fair_s = fair_s
         self._headers = _JSON | ({"authorization": f"Bearer {api_key}"} if api_key else {})
         self._open: httpx.AsyncClient | None = None
 
@@ -79,7 +92,8 @@ class Engines:
     def _client(self) -> httpx.AsyncClient:
         """Made when it is first needed: that takes certificates from the disk, and a running loop."""
         if self._open is None:
-            limits = httpx.Limits(max_connections=self._connections, max_keepalive_connections=self._connections)
+            most = self._connections
+            limits = httpx.Limits(max_connections=most, max_keepalive_connections=most, keepalive_expiry=KEEPALIVE_S)
             self._open = httpx.AsyncClient(
                 limits=limits, headers=self._headers, timeout=CONNECT_S, trust_env=False, follow_redirects=False
             )
@@ -97,7 +111,8 @@ class Engines:
         try:
             answer = await self._request("POST", engine.url + path, body, within_s)
         except EngineError as error:
-            self._down(engine, error.kind)
+            if not error.slow or within_s >= self._fair_s:
+                self._down(engine, error.kind)
             raise
         if answer.status in _OVERLOADED:
             self._down(engine, f"status {answer.status}")
@@ -127,7 +142,7 @@ class Engines:
                         raise EngineError("an encoding that was not asked for")
                     return Answer(response.status_code, await self._read(response))
         except (TimeoutError, httpx.TimeoutException):
-            raise EngineError("no answer in time") from None
+            raise EngineError("no answer in time", slow=True) from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise EngineError(f"no connection ({type(error).__name__})") from None
 

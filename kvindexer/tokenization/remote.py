@@ -30,6 +30,10 @@ RENDER: Final = "/v1/chat/completions/render"
 TRIES: Final = 3
 RENDERLESS_S: Final = 60.0
 """How long we believe that an engine does not render, before it is asked again."""
+FAIR_SHARE: Final = 1 / 5
+"""Part of a text's time in which an engine that is well answers; each of `TRIES` gets about a quarter or more."""
+LEAST_SHARE: Final = 1 / 8
+"""With less than this left, nobody is asked any more."""
 MAX_OVERLAP: Final = 8
 """How many items may share a token, on average (audio and video of one clip do)."""
 
@@ -80,7 +84,10 @@ class RemoteTokenizer:
             kinds = []
             engines = self._engines.in_turn(TRIES)
             for others, engine in zip(reversed(range(len(engines))), engines, strict=True):
-                left_s = max(0.0, ends_at - clock())
+                left_s = ends_at - clock()
+                if left_s < self._timeout_s * LEAST_SHARE:
+                    kinds.append("no time left")
+                    break
                 try:
                     tokenized = await self._ask(engine, text, left_s / 2 if others else left_s)
                 except EngineError as error:
