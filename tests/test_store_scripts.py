@@ -58,11 +58,20 @@ class Shard:
         )  # fmt: skip
 
     async def flush(
-        self, base: int, upto: Checkpoint, values: dict[int, bytes], author: Author = AUTHOR
+        self,
+        base: int,
+        upto: Checkpoint,
+        values: dict[int, bytes],
+        author: Author = AUTHOR,
+        *,
+        generation: str | None = None,
     ) -> int | Refusal:
-        """Write some records."""
+        """Write some records, into the generation that `create` makes."""
         packed = pack_records(list(values), list(values.values()), 4)
-        return await self.server.flush(TAG, author, base=base, upto=upto, facts=b"facts", packed=packed)
+        generation = generation or f"{upto.epoch:08x}"
+        return await self.server.flush(
+            TAG, author, generation=generation, base=base, upto=upto, facts=b"facts", packed=packed
+        )
 
     async def found(self) -> Found:
         """The meta hash."""
@@ -153,6 +162,20 @@ def test_a_flush_is_refused(
         before = await shard.meta(), await shard.records()
         assert await shard.flush(base, upto, {1000: b"wrong"}, author) is refusal
         assert (await shard.meta(), await shard.records()) == before
+
+    with_shard(redis_server, scenario)
+
+
+def test_a_flush_into_another_generation_is_refused(redis_server: Server) -> None:
+    """Its records are packed for other buckets: new ones would never be found there, and old ones never removed."""
+
+    async def scenario(shard: Shard) -> None:
+        await shard.create(at(1, 7))
+        await shard.create(at(1, 8), 1, generation="rewrite")
+        before = await shard.meta(), await shard.records()
+        assert await shard.flush(7, at(1, 9), {1000: b"", 5000: b"x"}) is Refusal.GENERATION
+        assert (await shard.meta(), await shard.records()) == before
+        assert await shard.flush(7, at(1, 9), {1000: b"", 5000: b"x"}, generation="rewrite") == len(HASHES)
 
     with_shard(redis_server, scenario)
 

@@ -46,6 +46,7 @@ class Refusal(StrEnum):
     REMOVED = "removed"  # unregistered
     ABSENT = "absent"  # flushed away
     EPOCH = "epoch"  # another life
+    GENERATION = "generation"  # written anew meanwhile, into other buckets
     BEHIND = "behind"  # older than the flush begins
     AHEAD = "ahead"  # somebody else was faster
     COVERAGE = "coverage"  # somebody knows more
@@ -143,13 +144,21 @@ class ShardServer:
         return total
 
     async def flush(
-        self, tag: str, author: Author, *, base: int, upto: Checkpoint, facts: bytes, packed: bytes
+        self,
+        tag: str,
+        author: Author,
+        *,
+        generation: str,
+        base: int,
+        upto: Checkpoint,
+        facts: bytes,
+        packed: bytes,
     ) -> int | Refusal:
         """Bring a shard from `base`, or anything between, to the checkpoint; returns its entries."""
         level, first = upto.coverage
         return await self._write(
             scripts.FLUSH, tag, author.registration, upto.epoch, base, upto.next, upto.digest, level, first, facts,
-            author.writer, packed,
+            author.writer, generation, packed,
         )  # fmt: skip
 
     async def stage(

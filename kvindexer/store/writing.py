@@ -71,7 +71,9 @@ class Writing:
         packed = self._pack(kept, hashes, meta.buckets)
         try:
             author = kept.author(self._replica)
-            answer = await self._server.flush(kept.tag, author, base=step.base, upto=upto, facts=facts, packed=packed)
+            answer = await self._server.flush(
+                kept.tag, author, generation=meta.generation, base=step.base, upto=upto, facts=facts, packed=packed
+            )
         except StoreError:
             shard.amended(amended, self._clock())
             raise

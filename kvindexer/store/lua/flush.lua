@@ -1,5 +1,6 @@
 -- Brings a shard from anywhere in [base, end] to end: absolute records, so that doing it twice is doing it once.
--- ARGV: layout, registration, epoch, base, end, digest, level, first, facts, writer, packed records
+-- The records are packed for the buckets of one generation, and are of no use in those of another.
+-- ARGV: layout, registration, epoch, base, end, digest, level, first, facts, writer, generation, packed records
 -- Answers: {'ok', entries} or {why not}
 
 local layout, registration, epoch, base, upto = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -14,6 +15,9 @@ end
 if found[1] ~= epoch then
   return {'epoch'}
 end
+if found[5] ~= ARGV[11] then
+  return {'generation'}
+end
 if less(found[2], base) then
   return {'behind'}
 end
@@ -26,7 +30,7 @@ end
 if less(ARGV[7], found[3]) or (ARGV[7] == found[3] and less(found[4], ARGV[8])) then
   return {'coverage'}
 end
-local entries = tonumber(found[6]) + put(found[5], ARGV[11])
+local entries = tonumber(found[6]) + put(found[5], ARGV[12])
 entries = string.format('%d', entries)
 redis.call('HSET', meta, 'next', upto, 'digest', ARGV[6], 'level', ARGV[7], 'first', ARGV[8], 'facts', ARGV[9],
   'writer', ARGV[10], 'entries', entries)
