@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: kvindexer and NVIDIA Dynamo's standalone indexer side by side, in one run."""
+"""`python -m benchmarks`: kvindexer and NVIDIA Dynamo's standalone indexer side by side, and what Redis costs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from benchmarks import measure, report, services
+from benchmarks import match, measure, report, services, store, store_report
 from benchmarks.arena import Arena, Running
 from benchmarks.measure import Effort
 from benchmarks.services import Contender
@@ -19,13 +19,16 @@ from benchmarks.workload import Scale
 
 QUICK: Final = Effort(ingest_rounds=1, rounds=2, requests=300, wrk_s=1, probes=60, busy_rounds=1, busy_s=1.5)
 QUICK_ENTRIES: Final = 100_000
-SECTIONS: Final = ("ingest", "query", "throughput", "freshness", "busy")
+STORE: Final = "store"
+SECTIONS: Final = ("ingest", "query", "throughput", "freshness", "busy", STORE)
+MATCH: Final = "match"
+"""A section of its own workload and table, which is of kvindexer alone."""
 
 
 def parser() -> argparse.ArgumentParser:
     """Build the command line."""
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    made.add_argument("--only", help=f"sections, separated by commas: {', '.join(SECTIONS)}")
+    made.add_argument("--only", help=f"sections, separated by commas: {', '.join((*SECTIONS, MATCH))}")
     made.add_argument(
         "--services", default="kvindexer,dynamo", help="who is measured (default: both); one twice shows the noise"
     )
@@ -75,6 +78,13 @@ def run(arena: Arena, contenders: list[Contender], sections: list[str], effort: 
             measure.WITH_FULL_SERVICES[section](arena, running, effort)
 
 
+def finish(text: str, path: Path | None, markers: report.Markers) -> None:
+    """Print a report, and write it into the document."""
+    print(text)
+    if path:
+        report.write(path, text, markers)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print."""
     options = parser().parse_args(arguments)
@@ -86,13 +96,29 @@ def main(arguments: list[str] | None = None) -> int:
     if n := options.rounds:
         effort = replace(effort, ingest_rounds=n, rounds=n, busy_rounds=n)
     wanted = options.only.split(",") if options.only else SECTIONS
+    if MATCH in wanted:
+        mine = next((one for one in contenders if one.name == "kvindexer"), None)
+        if mine is None:
+            print("the section match is of kvindexer, which is not installed", file=sys.stderr)
+            return 1
+        match_effort = match.QUICK if options.quick else match.MatchEffort()
+        if n := options.rounds:
+            match_effort = replace(match_effort, rounds=n)
+        print(match.text(match.run(mine, match_effort)))
+        if not any(section in wanted for section in SECTIONS):
+            return 0
     entries = options.entries or (QUICK_ENTRIES if options.quick else Scale.entries)
-    with Arena(Scale(engines=options.engines, entries=entries)) as arena:
-        run(arena, contenders, [section for section in SECTIONS if section in wanted], effort)
-        text = report.text(arena, contenders, absent)
-    print(text)
-    if options.write:
-        report.write(options.write, text)
+    sections = [section for section in SECTIONS if section in wanted]
+    scale = Scale(engines=options.engines, entries=entries)
+    if compared := [section for section in sections if section != STORE]:
+        with Arena(scale) as arena:
+            run(arena, contenders, compared, effort)
+            finish(report.text(arena, contenders, absent), options.write, report.MARKERS)
+    ours = [contender for contender in contenders if contender.name == "kvindexer"]
+    if STORE in sections and ours:
+        with Arena(scale) as arena:
+            samples = store.run(arena, ours[0], store.QUICK if options.quick else store.StoreEffort())
+            finish(store_report.text(arena, ours[0], samples), options.write, store_report.MARKERS)
     return 0
 
 
