@@ -296,6 +296,21 @@ class ReplicaMachine(RuleBasedStateMachine):
                 one.asked = None
                 one.act(one.stream.replay_failed("cut", self.now))
 
+    @rule(name=REPLICA)
+    def miss_more_than_the_engine_remembers(self, name: str) -> None:
+        self.cut(name)
+        for token in (0, 1) * (BUFFER_STEPS // 2 + 1):
+            self.publish([[token, 1, 0, token, 1]], set(NAMES))
+        self.catch_up(name)
+
+    @rule(name=REPLICA)
+    def join_late(self, name: str) -> None:
+        """The copy is lost, and the engine no longer remembers its first messages."""
+        self.miss_more_than_the_engine_remembers(name)
+        self.flushall()
+        self.crash_and_start(name)
+        self.catch_up(name)
+
     @rule(name=REPLICA, place=st.integers(0, 100))
     def lose(self, name: str, place: int) -> None:
         wire = self.replicas[name].wire

@@ -155,13 +155,24 @@ def test_a_flush_is_absolute_and_idempotent(redis_server: Server) -> None:
 def test_a_flush_is_refused(
     redis_server: Server, base: int, upto: Checkpoint, author: Author, refusal: Refusal
 ) -> None:
-    """Behind a hole, backwards, onto another life, with less coverage: nothing is written."""
+    """Behind a hole, backwards, onto another life, with another coverage: nothing is written."""
 
     async def scenario(shard: Shard) -> None:
         await shard.create(at(1, 7))
         before = await shard.meta(), await shard.records()
         assert await shard.flush(base, upto, {1000: b"wrong"}, author) is refusal
         assert (await shard.meta(), await shard.records()) == before
+
+    with_shard(redis_server, scenario)
+
+
+def test_a_flush_never_makes_a_less_covered_shard_look_better(redis_server: Server) -> None:
+    """What was lost before is not in a flush: only a rewrite brings it."""
+
+    async def scenario(shard: Shard) -> None:
+        await shard.create(at(1, 7, Coverage(0, 5)))
+        assert await shard.flush(7, at(1, 9), {1000: b"new"}) is Refusal.COVERAGE
+        assert await shard.flush(7, at(1, 9, Coverage(0, 5)), {1000: b"new"}) == len(HASHES)
 
     with_shard(redis_server, scenario)
 

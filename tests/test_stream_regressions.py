@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from xxhash import xxh3_128_digest
+
 from kvindexer.events.states import Action, Apply, Ask, State, Withdraw
 from kvindexer.events.stream import Stream, StreamSettings
+from kvindexer.types import Epoch
 
 SETTINGS = StreamSettings(probe_interval_s=5.0, retry_min_s=0.5)
 
@@ -278,3 +281,20 @@ def test_a_clear_of_the_life_before_says_nothing_of_the_new_one() -> None:
     assert withdrawn(actions) == ["new_life"]
     stream.cleared(10)
     assert not stream.complete
+
+
+def test_a_stream_resumed_on_an_incomplete_copy_is_rebuilt_where_the_buffer_still_reaches_back() -> None:
+    """A warm start from a copy that had lost records stayed incomplete, although the engine still knew everything."""
+    stream = Stream(SETTINGS)
+    stream.resume(Epoch(3), 2, xxh3_128_digest(payload(1)), b"", (0, 0))
+    stream.start(0.0)
+    assert asked(stream.connected(0.0)) == [1]
+    stream.replay_frame(1, payload(1), 0.0)
+    stream.replay_end(0.0)
+    assert (stream.state, stream.sound, stream.complete) == (State.LIVE, False, False)
+    assert asked(stream.tick(1.0)) == [0]
+    actions = stream.replay_frame(0, payload(0), 1.0) + stream.replay_frame(1, payload(1), 1.0)
+    assert withdrawn(actions) == ["rebuild"]
+    assert applied(actions) == [payload(0), payload(1)]
+    stream.replay_end(1.0)
+    assert (stream.sound, stream.complete, stream.epoch) == (True, True, 3)

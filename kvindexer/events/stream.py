@@ -105,6 +105,8 @@ class Stream:
         """A message of this life said something that could not be read or kept; no replay helps."""
         self._uncertain = False
         """Entries were kept that may be gone; no replay helps."""
+        self._rebuilt: Epoch | None = None
+        """The life that was rebuilt because its claims were found wrong; a second rebuild would be no better."""
         self._doubted: tuple[int, bytes] | None = None
         """A replay failed, and this is the newest message known to be of one life with those before; -1: none is."""
         self._connected = False
@@ -193,6 +195,8 @@ class Stream:
         level, self._first = coverage
         self.epoch, self.birth = epoch, birth
         self._sound, self._complete = level > 0, level == 2  # noqa: PLR2004 - see `coverage`
+        if not level:  # what is missing may still be had
+            self._holes, self._ask_at = True, 0.0
         if next_seq:
             self.last_seq = next_seq - 1
             self._digests[self.last_seq] = digest
@@ -399,6 +403,18 @@ class Stream:
         """Some entries may be gone, nothing is missing."""
         self._uncertain = True
         self.why = why
+
+    def found_wrong(self, why: str, now: float) -> None:
+        """The engine did not have what its events claim: rebuild from 0 where the replay buffer reaches that far.
+
+        If it does not, or if claims of the same life are wrong again after that, the source is not sound any more.
+        """
+        if self._rebuilt == self.epoch:
+            self.uncertain(why)
+            return
+        self._rebuilt = self.epoch
+        self._flags_off(why)
+        self._ask_at = now
 
     def cleared(self, seq: int) -> None:
         """The engine's cache was empty at this message: whatever was lost before does not matter any more."""

@@ -213,14 +213,22 @@ class Writing:
             await self.slice()
             if kept.dropped:
                 break
-            try:
-                self._index.load(kept.source, hashes, records)
-            except ValueError as error:
-                raise UnreadableError(str(error)) from None
-            count += len(hashes)
+            count += self._load_good(kept.source, hashes, records)
             if hold:
                 await self._server.hold(kept.tag)
         return count
+
+    def _load_good(self, source: str, hashes: Sequence[int], records: Sequence[bytes]) -> int:
+        """Load what can be read; returns how many records that were.  One that can't counts as missing."""
+        try:
+            self._index.load(source, hashes, records)
+        except ValueError:
+            if len(hashes) == 1:
+                return 0
+            middle = len(hashes) // 2
+            parts = (slice(middle), slice(middle, None))
+            return sum(self._load_good(source, hashes[part], records[part]) for part in parts)
+        return len(hashes)
 
     def _resume(self, kept: KeptSource, meta: Meta, count: int) -> None:
         """All records are in; one that is missing is no reason to forget the others, but to say so."""

@@ -27,8 +27,8 @@ end
 if found[2] == upto and base ~= upto then
   return {'ok', found[6]}
 end
-if less(ARGV[7], found[3]) or (ARGV[7] == found[3] and less(found[4], ARGV[8])) then
-  return {'coverage'}
+if ARGV[7] ~= found[3] or ARGV[8] ~= found[4] then
+  return {'coverage'}  -- with less it would be wrong, with more it would not become right
 end
 local entries = tonumber(found[6]) + put(found[5], ARGV[12])
 entries = string.format('%d', entries)
