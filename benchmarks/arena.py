@@ -45,15 +45,25 @@ class Spool(NamedTuple):
 class Running:
     """A started service, and engines that publish to it alone."""
 
-    def __init__(self, contender: Contender, engines: int) -> None:
+    def __init__(self, contender: Contender, engines: int, *, replayable: bool = False) -> None:
         with ExitStack() as stack:
             self.service = stack.enter_context(Service(contender))
-            self.fleet = stack.enter_context(Fleet(engines))
+            self.service.wait()
+            self.fleet = stack.enter_context(Fleet(engines, replayable=replayable))
             self.name = contender.name
             self.idle_mb = self.service.rss_mb()
-            self.service.register(self.fleet.endpoints)
+            self.service.register(self.fleet.endpoints, self.fleet.replay_endpoints)
             self.fleet.await_subscribers()
             self._stack = stack.pop_all()
+
+    def restart(self, contender: Contender, *, kill: bool = False) -> float:
+        """Another process in the place of the service; seconds from its start until it is ready."""
+        if kill:
+            self.service.kill()
+        else:
+            self.service.stop()
+        self.service = self._stack.enter_context(Service(contender))
+        return self.service.await_ready()
 
     def connect(self) -> Connection:
         """Open a new connection to the service."""

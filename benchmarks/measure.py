@@ -73,7 +73,7 @@ def _fill(arena: Arena, running: Running, kind: str, rate: int) -> None:
     arena.check_all(running)
 
 
-def _ask(arena: Arena, running: Running, asked: Sequence[Asked], count: int, until: float = 0.0) -> list[float]:
+def ask(arena: Arena, running: Running, asked: Sequence[Asked], count: int, until: float = 0.0) -> list[float]:
     """Ask in turn on one connection, `count` times or until a time; check every answer afterwards."""
     sent: list[Asked] = []
     answers: list[bytes] = []
@@ -100,7 +100,7 @@ def query(arena: Arena, running: Sequence[Running], effort: Effort) -> None:
         for route in (BY_HASH, BY_TOKENS):
             for one in turns(running, turn):
                 cpu = one.service.cpu_s()
-                times = _ask(arena, one, arena.shared[route], effort.requests)
+                times = ask(arena, one, arena.shared[route], effort.requests)
                 cpu = one.service.cpu_s() - cpu
                 p50, p99 = percentiles(times)
                 arena.results.add(f"{route} p50", one.name, p50)
@@ -157,10 +157,10 @@ def busy(arena: Arena, running: Sequence[Running], effort: Effort) -> None:
             one.fleet.load(stores.path)
             one.fleet.load(removals.path)
             time.sleep(SETTLE_S)
-            quiet = percentiles(_ask(arena, one, asked, effort.requests))
+            quiet = percentiles(ask(arena, one, asked, effort.requests))
             arena.results.add("quiet p99", one.name, quiet.p99)
             start = one.fleet.begin(stores.path, RATE)
-            times = _ask(arena, one, asked, 100, until=start + stores.blocks / RATE)
+            times = ask(arena, one, asked, 100, until=start + stores.blocks / RATE)
             one.fleet.finish()
             over = time.monotonic()
             lag = one.reach(stores.mark) - over

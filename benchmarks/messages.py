@@ -113,6 +113,13 @@ def further(workload: Workload, count: int) -> tuple[list[Message], list[Message
     return interleave(stores), interleave(removals)
 
 
+def more(workload: Workload, count: int) -> list[Message]:
+    """About `count` further blocks that no query asks for, to stay."""
+    runs = count // workload.scale.engines // 250 or 1
+    grown = [[Run(workload.blocks.grow(250), None) for _ in range(runs)] for _ in range(workload.scale.engines)]
+    return interleave([list(stores_of(workload, engine, its)) for engine, its in enumerate(grown)])
+
+
 def single(workload: Workload, block: range, engines: Iterable[int]) -> list[Message]:
     """One block, at the start of a prompt, stored by these engines."""
     payload = store(workload.blocks, block, None)

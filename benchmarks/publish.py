@@ -8,6 +8,11 @@ The child is driven by JSON lines on stdin and answers each by one JSON line:
     {"do": "send", "spool": path, "start": t, "rate": blocks a second, 0 = all at once}
                                            -> {"end": t}
     {"do": "step", "spool": path}          -> {"at": t}       the next message of the spool, sent at that time
+    {"do": "count"}                        -> {"sent": n, "asked": n, "from_zero": n, "replayed": n}
+
+With replays, each engine has a second socket that answers from its last 10,000 messages, as vLLM's does; `count` says
+how many messages were sent, how many replays were asked for, how many of them from message 0, and how many messages
+they brought.
 
 Times are `time.monotonic`, one clock for all processes of a machine.  The sockets are XPUB: on the wire the same as
 PUB, but they tell when a subscription has arrived, so that no message is published too early.
@@ -18,8 +23,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -31,13 +37,54 @@ HIGH_WATER_MARK: Final = 100_000
 """vLLM's default."""
 PATIENCE_MS: Final = 20_000
 PROCESSES: Final = 2
+BUFFER_STEPS: Final = 10_000
+"""vLLM's default."""
+TOPIC: Final = b"kv-events"
+END: Final = b"\xff" * 8
+
+
+class Replays:
+    """Answers replays in a thread of its own, so that nobody who publishes has to wait for it."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], engines: range) -> None:
+        self.sent = {engine: deque[tuple[int, bytes]](maxlen=BUFFER_STEPS) for engine in engines}
+        self.asked = self.from_zero = self.replayed = 0
+        self.endpoints: list[str] = []
+        self._sockets: dict[Any, int] = {}
+        for engine in engines:
+            socket = context.socket(zmq.ROUTER)
+            socket.sndhwm = 0
+            port = socket.bind_to_random_port("tcp://127.0.0.1")
+            self.endpoints.append(f"tcp://127.0.0.1:{port}")
+            self._sockets[socket] = engine
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        for socket in self._sockets:
+            poller.register(socket, zmq.POLLIN)
+        while True:
+            for socket, _ in poller.poll():
+                self._answer(socket)
+
+    def _answer(self, socket: zmq.Socket[bytes]) -> None:
+        peer, _, start = socket.recv_multipart()
+        first = int.from_bytes(start, "big")
+        self.asked += 1
+        self.from_zero += first == 0
+        for seq, payload in list(self.sent[self._sockets[socket]]):
+            if seq >= first:
+                self.replayed += 1
+                socket.send_multipart([peer, b"", TOPIC, seq.to_bytes(8, "big"), payload])
+        socket.send_multipart([peer, b"", TOPIC, END, b""])
 
 
 class Engines:
     """The sockets of one publisher process."""
 
-    def __init__(self, engines: range) -> None:
+    def __init__(self, engines: range, *, replayable: bool) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._replays = Replays(context, engines) if replayable else None
         self._engines = engines
         self._sockets = {engine: context.socket(zmq.XPUB) for engine in engines}
         self._seq = dict.fromkeys(engines, 0)
@@ -47,6 +94,11 @@ class Engines:
             socket.sndhwm = HIGH_WATER_MARK
             port = socket.bind_to_random_port("tcp://127.0.0.1")
             self.endpoints.append(f"tcp://127.0.0.1:{port}")
+
+    @property
+    def replay_endpoints(self) -> list[str]:
+        """Where replays are asked for, if they are."""
+        return self._replays.endpoints if self._replays is not None else []
 
     def do(self, order: dict[str, Any]) -> dict[str, Any]:
         """Carry out one order."""
@@ -60,6 +112,8 @@ class Engines:
                 return self._send(self._spools.pop(path, deque()), start, rate)
             case {"do": "step", "spool": str(path)}:
                 return {"at": self._publish(self._spools[path].popleft())}
+            case {"do": "count"}:
+                return self._count()
             case _:
                 raise ValueError(order)
 
@@ -73,10 +127,18 @@ class Engines:
     def _publish(self, record: Spooled) -> float:
         seq = self._seq[record.engine]
         self._seq[record.engine] = seq + 1
+        if self._replays is not None:
+            self._replays.sent[record.engine].append((seq, record.payload))
         at = time.monotonic()
-        frames = [b"kv-events", seq.to_bytes(8, "big"), record.payload]
+        frames = [TOPIC, seq.to_bytes(8, "big"), record.payload]
         self._sockets[record.engine].send_multipart(frames)
         return at
+
+    def _count(self) -> dict[str, Any]:
+        counts = {"sent": sum(self._seq.values())}
+        if (it := self._replays) is not None:
+            counts |= {"asked": it.asked, "from_zero": it.from_zero, "replayed": it.replayed}
+        return counts
 
     def _send(self, records: deque[Spooled], start: float, rate: int) -> dict[str, Any]:
         for record in records:
@@ -90,15 +152,18 @@ class Engines:
 class Fleet:
     """All engines of one contender: a few publisher processes, fresh sequence numbers."""
 
-    def __init__(self, engines: int) -> None:
+    def __init__(self, engines: int, *, replayable: bool = False) -> None:
         share = -(-engines // PROCESSES)
         self._shares = [range(i, min(i + share, engines)) for i in range(0, engines, share)]
-        self._children = [self._start(engines_of) for engines_of in self._shares]
-        self.endpoints = [endpoint for child in self._children for endpoint in self._reply(child)["endpoints"]]
+        self._children = [self._start(engines_of, replayable=replayable) for engines_of in self._shares]
+        replies = [self._reply(child) for child in self._children]
+        self.endpoints: list[str] = [endpoint for reply in replies for endpoint in reply["endpoints"]]
+        self.replay_endpoints: list[str] = [endpoint for reply in replies for endpoint in reply["replays"]]
 
     @staticmethod
-    def _start(engines: range) -> subprocess.Popen[str]:
+    def _start(engines: range, *, replayable: bool) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "benchmarks.publish", str(engines.start), str(engines.stop)]
+        command += ["replays"] * replayable
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
     @staticmethod
@@ -147,6 +212,13 @@ class Fleet:
         """When the message of the last `step` was sent."""
         return float(self._reply(self._child_of(engine))["at"])
 
+    def count(self) -> Counter[str]:
+        """What was sent, asked for and replayed so far."""
+        total: Counter[str] = Counter()
+        for counts in self._all({"do": "count"}):
+            total.update(counts)
+        return total
+
     def _child_of(self, engine: int) -> subprocess.Popen[str]:
         return next(c for c, share in zip(self._children, self._shares, strict=True) if engine in share)
 
@@ -161,8 +233,8 @@ class Fleet:
 
 def main() -> None:
     """Be a publisher process."""
-    engines = Engines(range(int(sys.argv[1]), int(sys.argv[2])))
-    print(json.dumps({"endpoints": engines.endpoints}), flush=True)
+    engines = Engines(range(int(sys.argv[1]), int(sys.argv[2])), replayable="replays" in sys.argv)
+    print(json.dumps({"endpoints": engines.endpoints, "replays": engines.replay_endpoints}), flush=True)
     for line in sys.stdin:
         print(json.dumps(engines.do(json.loads(line))), flush=True)
 

@@ -6,7 +6,7 @@ import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benchmarks import messages, throughput
 from benchmarks.results import FIGURES, Comparison, Results
@@ -18,13 +18,23 @@ if TYPE_CHECKING:
     from benchmarks.arena import Arena
     from benchmarks.services import Contender
 
-BEGIN: Final = "<!-- benchmarks: begin (written by `python -m benchmarks --write`) -->"
-END: Final = "<!-- benchmarks: end -->"
+
+class Markers(NamedTuple):
+    """Lines of a document between which a part of it is generated."""
+
+    begin: str
+    end: str
+
+
+MARKERS: Final = Markers(
+    "<!-- benchmarks: begin (written by `python -m benchmarks --write`) -->", "<!-- benchmarks: end -->"
+)
 SAME: Final = 0.05
 """Differences below this share are called equal."""
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three digits that matter, or a dash."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -48,11 +58,16 @@ def table(results: Results, names: Sequence[str]) -> str:
     for key, figure in FIGURES.items():
         if not any(results.samples[key][name] for name in names):
             continue
-        values = [_number(results.typical(key, name)) for name in names]
+        values = [number(results.typical(key, name)) for name in names]
         verdict = [_verdict(results.comparison(key, *names))] if pair else []
         rows.append([figure.label, figure.unit, *values, *verdict])
     tally = [f"{results.right[name]:,} of {results.checked[name]:,}" for name in names]
     rows.append(["right answers", "", *tally, *([""] if pair else [])])
+    return grid(head, rows)
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Build a Markdown table with columns of even width."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     first = "| " + " | ".join(c.ljust(w) for c, w in zip(head, widths, strict=True)) + " |"
@@ -71,7 +86,8 @@ def behind(results: Results, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the CPU."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -92,7 +108,7 @@ def circumstances(arena: Arena, contenders: Sequence[Contender], absent: Sequenc
     lines = [
         f"Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         f"Services: {versions}" + "".join(f"; {name} was not installed and is left out" for name in absent),
-        f"Machine: {_processor()}, {shared}",
+        f"Machine: {processor()}, {shared}",
         f"Neighbours: other processes took {arena.neighbours.share():.0%} of the machine meanwhile",
         f"Linux {platform.release()}, Python {platform.python_version()}; 8 connections driven by {client}",
         f"Workload: {scale.engines} engines, {entries}",
@@ -110,13 +126,14 @@ def text(arena: Arena, contenders: Sequence[Contender], absent: Sequence[str]) -
     return "\n\n".join(parts)
 
 
-def write(path: Path, generated: str) -> None:
+def write(path: Path, generated: str, markers: Markers = MARKERS) -> None:
     """Replace what stands between the markers, or append them."""
+    begin, end = markers
     old = path.read_text() if path.exists() else "# Benchmarks\n"
-    part = f"{BEGIN}\n{generated}\n{END}"
-    if BEGIN in old and END in old:
-        before, _, rest = old.partition(BEGIN)
-        after = rest.partition(END)[2]
+    part = f"{begin}\n{generated}\n{end}"
+    if begin in old and end in old:
+        before, _, rest = old.partition(begin)
+        after = rest.partition(end)[2]
         path.write_text(before + part + after)
     else:
         path.write_text(f"{old.rstrip()}\n\n{part}\n")

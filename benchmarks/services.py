@@ -6,12 +6,15 @@ A new contender is a command line, if it speaks the RFC #1403 routes in Dynamo's
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from http import HTTPStatus
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 START_S: Final = 30.0
+READY_S: Final = 60.0
 STOP_S: Final = 10.0
 
 
@@ -78,10 +82,11 @@ class Service:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         quiet = {**os.environ, "DYN_LOG": "warn"}
         command = contender.command(self.port)
+        self.started = time.monotonic()
         self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, env=quiet)
-        self._wait()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Return when it answers."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
@@ -97,17 +102,34 @@ class Service:
         message = f"{self.name} did not start:\n{tail}"
         raise RuntimeError(message)
 
-    def register(self, endpoints: Sequence[str]) -> None:
+    def await_ready(self) -> float:
+        """Return when /ready says so: seconds since the process was started."""
+        request = b"GET /ready HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        deadline = self.started + READY_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                with Connection(self.port) as connection:
+                    while connection.ask(request) and connection.status != HTTPStatus.OK:
+                        time.sleep(0.02)
+                    return time.monotonic() - self.started
+            except OSError:
+                time.sleep(0.005)
+        message = f"{self.name} did not get ready:\n{self.log()[-2000:]}"
+        raise RuntimeError(message)
+
+    def register(self, endpoints: Sequence[str], replays: Sequence[str] = ()) -> None:
         """Make the engines known, one instance each, ids from 1."""
         with Connection(self.port) as connection:
-            for engine, endpoint in enumerate(endpoints):
-                body = {
+            for engine, (endpoint, replay) in enumerate(zip_longest(endpoints, replays)):
+                body: dict[str, Any] = {
                     "instance_id": engine + 1,
                     "endpoint": endpoint,
                     "model_name": MODEL,
                     "block_size": BLOCK_SIZE,
                     "dp_rank": 0,
                 }
+                if replay is not None:
+                    body["replay_endpoint"] = replay
                 answer = connection.ask(request_of("/register", msgspec.json.encode(body)))
                 if connection.status not in {200, 201}:
                     message = f"{self.name} refused engine {engine}: {connection.status} {answer[:300]!r}"
@@ -130,9 +152,14 @@ class Service:
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
 
+    def kill(self) -> None:
+        """End the service at once."""
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> None:
-        """End the service."""
-        self._process.terminate()
+        """End the service at once, but in good order."""
+        self._process.send_signal(signal.SIGINT)  # at SIGTERM kvindexer would take its leave for some seconds
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
