@@ -42,14 +42,14 @@ class Served:
             time.sleep(0.01)
         self.port = int(address)
 
-    def signal(self, number: signal.Signals) -> None:
+    def tell(self, number: signal.Signals) -> None:
         """Send a signal."""
         assert self._process is not None
         self._process.send_signal(number)
 
     def end(self, number: signal.Signals) -> int:
         """Send a signal and wait for the end; returns the exit code."""
-        self.signal(number)
+        self.tell(number)
         return self.wait()
 
     def wait(self) -> int:

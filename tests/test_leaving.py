@@ -37,7 +37,7 @@ def test_at_sigterm_ready_is_503_and_queries_are_answered_until_the_time_is_over
     kept = HTTPConnection(HOST, service.port)
     assert ask(kept, "/ready") == (200, None)
     began = time.monotonic()
-    service.signal(signal.SIGTERM)
+    service.tell(signal.SIGTERM)
     until_told = [ask(kept, "/health")]
     while until_told[-1][1] is None:
         until_told.append(ask(kept, "/health"))
@@ -56,7 +56,7 @@ def test_sigint_and_a_second_signal_end_it_without_a_farewell(
 ) -> None:
     began = time.monotonic()
     for number in numbers:
-        service.signal(number)
+        service.tell(number)
         time.sleep(0.1)  # two signals of a kind that nobody has taken yet are one
     assert service.wait() == 0
     assert time.monotonic() - began < DRAIN_S
@@ -78,7 +78,7 @@ def test_connections_that_are_busy_at_sigterm_lose_no_request(service: Served) -
     for one in clients:
         one.start()
     time.sleep(0.3)
-    service.signal(signal.SIGTERM)
+    service.tell(signal.SIGTERM)
     for one in clients:
         one.join()
     assert asked[0] > len(clients)

@@ -136,7 +136,7 @@ class LiveFleet:
         """Every source known at start is in sync, or has had its time; once true, true until we leave."""
         if not self._ready:
             late = time.monotonic() - self._started_at >= self.settings.sync_deadline_s
-            in_sync = all(self._in_sync(name) for name in self._awaited)
+            in_sync = self._keeper.informed and all(self._in_sync(name) for name in self._awaited)
             self._ready = self._subscriber is not None and (late or in_sync)
         return self._ready and not self.leaving
 
@@ -299,6 +299,8 @@ class LiveFleet:
     def register_shared(self, spec: SourceSpec) -> None:
         """See `Kept.register_shared`."""
         self._register(spec)
+        if not self._ready:  # the store was out of reach when we started
+            self._awaited.add(spec.endpoint if is_listing(spec.endpoint) else self._registry.identity(spec))
 
     def unregister_shared(self, source: str) -> None:
         """See `Kept.unregister_shared`."""

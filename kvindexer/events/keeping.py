@@ -74,6 +74,10 @@ class Kept(Protocol):
 class Keeper(Protocol):
     """Keeps a copy of the index; calls never block, raise or wait."""
 
+    @property
+    def informed(self) -> bool:
+        """Whether it is known what is registered: until then nobody can say that all sources are followed."""
+
     def running(self, fleet: Kept) -> AbstractAsyncContextManager[Sequence[SourceSpec]]:
         """Keep the fleet's index while it is entered; gives the sources that are registered already."""
 
@@ -107,6 +111,8 @@ class Keeper(Protocol):
 
 class Nobody:
     """Keeps nothing."""
+
+    informed = True
 
     def running(self, fleet: Kept) -> AbstractAsyncContextManager[Sequence[SourceSpec]]:  # noqa: ARG002
         """See `Keeper.running`."""

@@ -137,6 +137,11 @@ class RedisKeeper:
 
     # Keeper
 
+    @property
+    def informed(self) -> bool:
+        """See `Keeper.informed`."""
+        return self._version is not None
+
     def follow(self, source: str, spec: SourceSpec, stream: Stream, dial: Callable[[], None]) -> None:
         """See `Keeper.follow`."""
         settings = self._settings
