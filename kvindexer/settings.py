@@ -119,6 +119,10 @@ class Settings(BaseSettings):
         default=4_194_304,
         description="Most tokens of all prompts of a batch together; more are answered with 413.",
     )
+    max_blocks: Count = Field(
+        default=16_384,
+        description="Most blocks of a request to /v1/blocks/locate or /v1/offload/plan; more are answered with 413.",
+    )
     max_concurrent_requests: Count = Field(
         default=256,
         description="Most requests worked on at once; more are answered with 503.",

@@ -89,6 +89,12 @@ def check_source(spec: SourceSpec, key: str) -> None:
         ("block_size", spec.block_size, spec.block_size > 0, "greater than 0, in tokens"),
         ("rank", spec.rank, spec.rank >= 0, "0 or more"),
         ("offload_blocks_per_chunk", spec.offload_blocks_per_chunk, spec.offload_blocks_per_chunk > 0, "1 or more"),
+        (
+            "block_bytes",
+            spec.block_bytes,
+            spec.block_bytes is None or spec.block_bytes > 0,
+            "greater than 0, in bytes",
+        ),
         ("speculative_blocks", spec.speculative_blocks, spec.speculative_blocks >= 0, "0 or more"),
         *((name, url, url is None or _is_url(url), "a ZMQ address as tcp://host:port") for name, url in ports),
         ("tier", spec.tier, spec.tier is None or spec.tier in TIER_NAMES, f"one of {', '.join(TIER_NAMES)}"),

@@ -98,3 +98,5 @@ class SourceSpec:
     """Tiers whose entries survive a restart of the engine (shown as unverified until announced again)."""
     aliases: tuple[str, ...] = ()
     """Further names that callers may give the instance: an address, a URL, the name of its pod."""
+    block_bytes: int | None = None
+    """Bytes of one block of `block_size` tokens, all layers together; None: not known."""

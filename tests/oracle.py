@@ -306,15 +306,15 @@ class Oracle:
         source = self.sources[name]
         return sum(source.meaning(entry.block_hash) is None for entry in source.held)
 
-    def locate(self, keyspace: Keyspace, path: Blocks) -> set[tuple[str, str, int, Tier]]:
-        """(source, instance, rank, tier) of everybody who holds the last block of the path."""
-        return {
-            (name, source.spec.instance, part.rank, tier)
-            for name, source in self.sources.items()
-            if _same_family(keyspace, source.spec)
-            for (part, tier), blocks in source.shown.items()
-            if part.size == keyspace.block_size and path in blocks
-        }
+    def locate(self, keyspace: Keyspace, path: Blocks) -> set[tuple[str, str, int, Tier, tuple[int, ...]]]:
+        """(source, instance, rank, tier, groups) of everybody who holds the last block of the path."""
+        groups: dict[tuple[str, str, int, Tier], set[int]] = {}
+        for name, source in self.sources.items():
+            if _same_family(keyspace, source.spec):
+                for (part, tier), blocks in source.shown.items():
+                    if part.size == keyspace.block_size and path in blocks:
+                        groups.setdefault((name, source.spec.instance, part.rank, tier), set()).add(part.group)
+        return {(*place, tuple(sorted(found))) for place, found in groups.items()}
 
     def match(self, keyspace: Keyspace, prompt: Prompt, candidates: Collection[str] | None = None) -> list[Answer]:
         """What every rank of these instances holds of the prompt, in order of instance and rank."""

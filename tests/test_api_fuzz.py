@@ -23,6 +23,10 @@ FIELDS = {
     ),
     "/score_completions": ("model", "prompt", "temperature"),
     "/score_chat_completions": ("model", *CHAT),
+    "/v1/blocks/locate": (
+        *("model", "tenant", "additional_salt", "keys", "hashes", "source", "instance", "block_size", "near"),
+    ),
+    "/v1/offload/plan": (*("instance", "tier", "hashes", "model", "tenant", "additional_salt", "rank", "hot_from"),),
     "/query": (
         *("model", "modelname", "model_name", "token_ids", "tenant_id", "routing_group", "block_size", "lora_name"),
         *("lora_id", "cache_salt", "additionalsalt", "additional_salt", "instance_id"),

@@ -92,9 +92,10 @@ def test_trap_28_trouble_with_the_store_degrades_health_and_nothing_else(api: Ap
     health = response.json()
     assert (response.status_code, health["status"], health["problems"]) == (200, "degraded", [])
     assert (health["store"]["kind"], health["store"]["reachable"], health["store"]["replicas"]) == ("redis", False, 3)
-    assert health["store"]["problems"] == [
-        {"reason": "evicts", "message": "it may drop our keys", "hint": "set noeviction"}
-    ] * 20
+    assert (
+        health["store"]["problems"]
+        == [{"reason": "evicts", "message": "it may drop our keys", "hint": "set noeviction"}] * 20
+    )
     assert api.client.get("/ready").status_code == 200
 
 
@@ -324,6 +325,9 @@ def test_the_openapi_document_describes_every_route_and_no_other(api: Api) -> No
         "/v1/match",
         "/v1/match/batch",
         "/v1/keys",
+        "/v1/blocks/locate",
+        "/v1/offload/plan",
+        "/v1/tiers",
         "/v1/sources",
         "/score_completions",
         "/score_chat_completions",

@@ -173,7 +173,7 @@ def test_locate_names_each_place_once(index: Index) -> None:
     index.apply("shared", payload([placeholder(HASHES[1:2], medium=None)]))
     keys = PROMPT.keys(SIZE)
     first, second, third = index.locate(SPACE, keys[:3])
-    gpu, cpu = Holding("s", "pod-a", 0, Tier.GPU), Holding("s", "pod-a", 0, Tier.CPU)
+    gpu, cpu = Holding("s", "pod-a", 0, Tier.GPU, (0, 1)), Holding("s", "pod-a", 0, Tier.CPU)
     assert sorted(first) == [gpu, cpu]
     assert sorted(second) == [gpu, Holding("shared", "store", 0, Tier.REMOTE)]
     assert third == []
@@ -370,7 +370,7 @@ def test_records_of_what_is_not_held(index: Index) -> None:
     index.apply("s", payload([whole(0, 1), removed(HASHES[:1]), placeholder([77]), removed([77], medium="CPU")]))
     assert list(index.hashes("s")) == [HASHES[0]]
     key = PROMPT.keys(SIZE)[0].to_bytes(8, "little")
-    assert index.records("s", iter((HASHES[0], 77, 78))) == [b"\x01" + key, b"", b""]
+    assert index.records("s", (HASHES[0], 77, 78)) == [b"\x01" + key, b"", b""]
 
 
 @pytest.mark.parametrize("junk", [b"\x00", b"\xff", b"\x01\xff", b"\x01" + bytes(8) + b"\x80", b"\x02" + bytes(15)])

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from kvindexer import __version__
-from kvindexer.api import health, rfc_sources, sources
+from kvindexer.api import health, locate, plan, rfc_sources, sources, tiers
 from kvindexer.api.body import BodyReader
 from kvindexer.api.errors import error_body, error_headers, internal_error, method_not_allowed
 from kvindexer.api.fleet import Fleet
@@ -92,6 +92,8 @@ _HOT: Final = (
         (KeysAnswer,),
         msgpack=True,
     ),
+    locate.ROUTE,
+    plan.ROUTE,
     HotRoute("/query", "Prefix query by tokens", _RFC_QUERY, "RFC #1403", TokenQuery, _RFC_ANSWERS),
     HotRoute("/query_by_hash", "Prefix query by hashes", _RFC_QUERY, "RFC #1403", HashQuery, _RFC_ANSWERS),
     HotRoute("/score_completions", "Scores for a prompt", _SCORES, "llm-d", ScoreRequest, (Scores,), msgpack=True),
@@ -125,6 +127,8 @@ def create_app(
         "/v1/match": matches.one,
         "/v1/match/batch": matches.batch,
         "/v1/keys": KeysRoute(settings, matcher, prompts),
+        "/v1/blocks/locate": locate.LocateRoute(settings, index, fleet, models),
+        "/v1/offload/plan": plan.PlanRoute(settings, index, fleet),
         "/score_completions": scores.completions,
         "/score_chat_completions": scores.chats,
     }
@@ -135,14 +139,22 @@ def create_app(
         description=_DESCRIPTION,
         redirect_slashes=False,
     )
-    routers = (rfc_sources.routes(fleet), sources.routes(fleet, metrics), health.routes(fleet, metrics))
+    routers = (
+        rfc_sources.routes(fleet),
+        sources.routes(fleet, metrics),
+        tiers.routes(fleet),
+        health.routes(fleet, metrics),
+    )
     for router in routers:
         rest.include_router(router)
     _answer_errors(rest)
     describe(
         rest,
         _HOT,
-        (BatchPrompt, Registration, Unregistration, *rfc_sources.ANSWERS, *sources.ANSWERS, *health.ANSWERS),
+        (
+            *(BatchPrompt, Registration, Unregistration, locate.Holder),
+            *(*rfc_sources.ANSWERS, *sources.ANSWERS, *tiers.ANSWERS, *health.ANSWERS),
+        ),
     )
     app: ASGIApp = HotRoutes(handlers, calls, rest)
     app = BodyReader(app, settings.max_body_bytes, settings.receive_timeout_s)

@@ -5,7 +5,7 @@ Calls never block and never wait; all of them come from the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from kvindexer.events.keeping import Stored, StoreFigures, StoreProblem
@@ -26,6 +26,9 @@ class Fleet(Protocol):
 
     def specs(self) -> Sequence[SourceSpec]:
         """What is registered: sources, and the HTTP addresses of engines that list theirs."""
+
+    def sources(self) -> Mapping[str, SourceSpec]:
+        """The publishers that are followed, by identity; not cheap, `generation` says when to ask again."""
 
     def register(self, spec: SourceSpec) -> bool:
         """Follow a source; False if just this is registered already.  Raises RequestError or ConflictError."""

@@ -56,6 +56,7 @@ class Registration(msgspec.Struct, kw_only=True):
     aliases: Annotated[
         tuple[Name, ...], Meta(max_length=64, description="Further names of the instance, for `candidates`.")
     ] = _DEFAULT.aliases
+    block_bytes: Annotated[int, Meta(ge=1, le=2**40, description="Bytes of a block, for /v1/tiers.")] | None = None
 
 
 class Unregistration(msgspec.Struct, kw_only=True):
@@ -99,6 +100,7 @@ def source_of(body: Registration) -> SourceSpec:
         clear_lower_tiers=body.clear_lower_tiers,
         durable_tiers=body.durable_tiers,
         aliases=body.aliases,
+        block_bytes=body.block_bytes,
     )
     try:
         check_source(spec, "source")

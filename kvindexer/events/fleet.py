@@ -157,6 +157,10 @@ class LiveFleet:
         """What is registered: sources, and engines that list theirs."""
         return [*(spec for _, spec in self._registry), *(listing.spec for listing in self._listings.values())]
 
+    def sources(self) -> Mapping[str, SourceSpec]:
+        """The publishers that are followed, by identity."""
+        return dict(self._registry)
+
     def register(self, spec: SourceSpec) -> bool:
         """Follow a source; False if just this is registered already.  Raises RequestError or ConflictError.
 

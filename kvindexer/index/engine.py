@@ -220,16 +220,7 @@ class PyIndex:
         space = self._spaces.get(keyspace)
         if space is None:
             return [[] for _ in keys]
-        return [
-            list(
-                dict.fromkeys(  # the groups of a hybrid model are one holding
-                    Holding(slot.source, slot.spec.instance, slot.rank, tier)
-                    for tier in TIERS
-                    for slot in space.holders(tier, key)
-                )
-            )
-            for key in keys
-        ]
+        return [_holdings(space, key) for key in keys]
 
     def resolve(self, source: str, hashes: Collection[int]) -> list[Binding | None]:
         """See `Index.resolve`."""
@@ -307,6 +298,15 @@ class PyIndex:
     def _sizes_of(self, share: Share) -> Callable[[int], Space]:
         """The keyspaces of a source's blocks, by their size."""
         return lambda block_size: self._space(share.space.keyspace._replace(block_size=block_size))
+
+
+def _holdings(space: Space, key: int) -> list[Holding]:
+    """Who holds a block; the groups of a hybrid model are one holding."""
+    found: dict[tuple[str, str, int, Tier], list[int]] = {}
+    for tier in TIERS:
+        for slot in space.holders(tier, key):
+            found.setdefault((slot.source, slot.spec.instance, slot.rank, tier), []).append(slot.group)
+    return [Holding(*place, tuple(sorted(groups))) for place, groups in found.items()]
 
 
 def _share_hashes(one: SourceSpec, other: SourceSpec) -> bool:

@@ -67,6 +67,8 @@ class Holding(NamedTuple):
     instance: str
     rank: int
     tier: Tier
+    groups: tuple[int, ...] = (0,)
+    """The KV-cache groups of which the block lies there, in order; most models have one, 0."""
 
 
 class Binding(NamedTuple):
