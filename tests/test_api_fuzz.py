@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,25 @@ FIELDS = {
     "/v1/match": (
         *("prompt", "add_special_tokens", *CHAT),
         *("model", "tokens", "tokens_b64", "keys", "prompt_tokens", "block_size", "tenant", "lora", "cache_salt"),
-        *("additional_salt", "multimodal", "candidates", "require"),
+        *(
+            "additional_salt",
+            "multimodal",
+            "candidates",
+            "require",
+            "keys_b64",
+            "top_k",
+            "weights",
+            "order",
+            "by_rank",
+        ),
+    ),
+    "/v1/match/batch": (
+        *("model", "prompts", "block_size", "tenant", "additional_salt", "candidates", "require", "top_k", "weights"),
+        *("order", "by_rank"),
+    ),
+    "/v1/keys": (
+        *("model", "tokens", "tokens_b64", "block_size", "tenant", "lora", "cache_salt", "additional_salt"),
+        "multimodal",
     ),
     "/score_completions": ("model", "prompt", "temperature"),
     "/score_chat_completions": ("model", *CHAT),
@@ -43,7 +62,7 @@ FIELDS = {
     "/register": (
         *("instance_id", "endpoint", "block_size", "model", "modelname", "model_name", "type", "replay_endpoint"),
         *("tenant_id", "lora_name", "dp_rank", "additionalsalt", "topic", "tier", "readers", "report_mode"),
-        *("offload_blocks_per_chunk", "offload_connector", "speculative_blocks", "durable_tiers"),
+        *("offload_blocks_per_chunk", "offload_connector", "speculative_blocks", "durable_tiers", "aliases"),
     ),
     "/unregister": ("instance_id", "model", "model_name", "tenant_id", "routing_group", "dp_rank"),
 }
@@ -52,6 +71,8 @@ LIKELY: st.SearchStrategy[Any] = st.sampled_from(
         *("m", "pod-a", "", "default", "vLLM", "tcp://127.0.0.1:1", "AAAAAA==", "live", "\x00", "\ud800", "\udc00x"),
         *(0, 1, 4, -1, 2**31, 2**32, 2**63, 2**64 - 1, 2**64, -(2**63), 1.0, True, None),
         *(PROMPT, [], [-1], [2**64], ["live", "sound"], ["pod-a", "x"], ["pod-a", "\udc00"], [{}]),
+        *({"gpu": 0.5}, {"gpu": -1}, {"tape": 1}, "score", ["10.0.0.1:80", "http://[", "pod-a:1", "[::1]:80"]),
+        *([{"tokens": PROMPT}, {}, 7], [{"keys": [1]}, {"keys_b64": "AAAA"}, {"tokens": [-1]}], [[], None, "x"]),
         [{"hash": "x", "offset": 3, "length": 2}],
         [{"role": "user", "content": "the fox"}],
         [{"role": "user", "content": [{"type": "text", "text": "the fox"}]}],
@@ -76,9 +97,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         yield running
 
 
-def check(api: Api, path: str, content: bytes) -> None:
+def check(api: Api, path: str, content: bytes, **headers: str) -> None:
     """An answer or a proper error, and then still a right answer."""
-    response = api.client.post(path, content=content)
+    response = api.client.post(path, content=content, headers=headers)
     if response.status_code not in (200, 201):
         assert error(response)[0] in (400, 404, 409, 413, 422), response.text
 
@@ -97,6 +118,31 @@ def test_any_values_in_any_fields(api: Api, path: str, data: st.DataObject) -> N
 @given(content=st.binary(max_size=200) | st.text(max_size=50).map(json.dumps).map(str.encode))
 def test_any_bytes(api: Api, path: str, content: bytes) -> None:
     check(api, path, content)
+
+
+MSGPACK_ROUTES = ("/v1/match", "/v1/match/batch", "/v1/keys")
+AS_MSGPACK = {"content-type": "application/msgpack", "accept": "application/msgpack"}
+
+
+@pytest.mark.parametrize("path", MSGPACK_ROUTES)
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_values_in_any_fields_of_msgpack(api: Api, path: str, data: st.DataObject) -> None:
+    body: dict[str, Any] = {"model": "m"}
+    body |= data.draw(st.dictionaries(st.sampled_from(FIELDS[path]), LIKELY | st.binary(max_size=20) | st.floats()))
+    try:
+        content = msgspec.msgpack.encode(body)
+    except (UnicodeEncodeError, OverflowError):  # what msgpack can't say
+        return
+    check(api, path, content, **AS_MSGPACK)
+
+
+@pytest.mark.parametrize("path", MSGPACK_ROUTES)
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=st.binary(max_size=200))
+def test_any_bytes_as_msgpack(api: Api, path: str, content: bytes) -> None:
+    check(api, path, content, **AS_MSGPACK)
+    check(api, path, b"\x82\xa5model\xa1m\xa7prompts" + content, **AS_MSGPACK)
 
 
 def test_after_all_that_the_answer_is_still_right(api: Api) -> None:

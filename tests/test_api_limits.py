@@ -16,7 +16,7 @@ import pytest
 from api_server import Api, error, serving, until
 from kvindexer.types import Keyspace
 
-HOT = ("/v1/match", "/query", "/query_by_hash")
+HOT = ("/v1/match", "/v1/match/batch", "/v1/keys", "/query", "/query_by_hash")
 BODIES = (*HOT, "/register", "/unregister")
 LIMIT = 4096
 
@@ -185,9 +185,9 @@ def test_trap_26_million_nested_brackets_that_close_again(api: Api) -> None:
 @pytest.mark.parametrize(
     "tokens", ["[-1]", "[4294967296]", "[1e30]", "[1.5]", "[true]", '["1"]', "[null]", "[[1]]", "{}", "[1e400]"]
 )
-@pytest.mark.parametrize("path", ["/v1/match", "/query"])
+@pytest.mark.parametrize("path", ["/v1/match", "/v1/keys", "/query"])
 def test_trap_26_token_ids_that_are_none_are_422(api: Api, path: str, tokens: str) -> None:
-    field = "tokens" if path == "/v1/match" else "token_ids"
+    field = "token_ids" if path == "/query" else "tokens"
     body = f'{{"model": "m", "{field}": {tokens}}}'.encode()
     response = api.client.post(path, content=body)
     assert error(response)[0] == 422
@@ -233,6 +233,8 @@ def test_trap_26_more_tokens_than_the_limit_are_413(api: Api) -> None:
         ("/v1/match", {"tokens": prompt}),
         ("/v1/match", {"tokens_b64": packed}),
         ("/v1/match", {"keys": prompt[:300_000]}),
+        ("/v1/keys", {"tokens": prompt}),
+        ("/v1/keys", {"tokens_b64": packed}),
         ("/query", {"token_ids": prompt}),
         ("/query_by_hash", {"seq_hashes": prompt[:300_000]}),
         ("/query_by_hash", {"block_hashes": prompt[:300_000]}),

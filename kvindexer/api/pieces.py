@@ -3,30 +3,33 @@
 A piece is some fields of an object, encoded, without what makes them an object:
 
     JSON       {                   "a":1   ,   "b":2   }               [ object , object ]
-    msgpack    0x80 + number       a 1         b 2             number    object   object
+    msgpack    map of 2            a 1         b 2             list of 2   object   object
                before              piece between piece after
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import msgspec
 
 from kvindexer.api.forms import JSON, Form
 
-MAX_FIELDS = 15
-"""More would need another head in msgpack."""
+MAX_PIECE: Final = 15
+"""Most fields of a piece: with more, msgpack has another head."""
+
+_MAP: Final = b"\xde"
+_LIST: Final = b"\xdd"
+"""Heads of msgpack, followed by the number of items in two and in four bytes."""
 
 
 class Joiner:
     """Joins pieces to objects of so many fields, in one form."""
 
     def __init__(self, form: Form, fields: int) -> None:
-        if not 0 < fields <= MAX_FIELDS:
-            raise ValueError("too many fields for a short map")
         self._is_json = form is JSON
-        before, self.between, after = (b"{", b",", b"}") if self._is_json else (bytes([0x80 | fields]), b"", b"")
+        before, self.between, after = (b"{", b",", b"}") if self._is_json else (_MAP + fields.to_bytes(2), b"", b"")
         self._before, self._after = before, after
         self._next = after + self.between + before
 
@@ -35,11 +38,13 @@ class Joiner:
         joined = self._before + self._next.join(objects) + self._after if objects else b""
         if self._is_json:
             return msgspec.Raw(b"[" + joined + b"]")
-        return msgspec.Raw(b"\xdd" + len(objects).to_bytes(4) + joined)
+        return msgspec.Raw(_LIST + len(objects).to_bytes(4) + joined)
 
 
 def piece(form: Form, fields: msgspec.Struct) -> bytes:
-    """The fields of a struct of at most `MAX_FIELDS`, encoded."""
+    """The fields of a struct of at most `MAX_PIECE`, encoded."""
+    if len(fields.__struct_fields__) > MAX_PIECE:
+        raise ValueError("too many fields for a piece")
     encoded = form.encode(fields)
     return encoded[1:-1] if form is JSON else encoded[1:]
 
