@@ -42,6 +42,7 @@ from kvindexer.store.keeper import RedisKeeper
 from kvindexer.store.layout import Names
 from kvindexer.store.replica import replica_name
 from kvindexer.store.server import ShardServer
+from kvindexer.tiering.speculative import Speculation
 from kvindexer.tokenization.engines import Engines
 from kvindexer.tokenization.local import LocalTokenizer, UnusableTokenizerError
 from kvindexer.tokenization.remote import FAIR_SHARE, RemoteTokenizer
@@ -145,10 +146,11 @@ class _Server(uvicorn.Server):
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     metrics = Metrics()
-    fleet = LiveFleet(settings, partial(open_index, settings), metrics, open_keeper(settings))
+    speculation = Speculation(settings.max_speculative_blocks)
+    fleet = LiveFleet(settings, partial(open_index, settings), metrics, open_keeper(settings), speculation)
     metrics.watch(fleet)
     texts = open_texts(settings, metrics.text)
-    app = create_app(settings, fleet.index, fleet, metrics, texts)
+    app = create_app(settings, fleet.index, fleet, metrics, texts, speculation=speculation)
     config = uvicorn.Config(
         app,
         http="httptools",

@@ -27,6 +27,7 @@ from kvindexer.errors import SettingsError
 from kvindexer.source_settings import HIDDEN, TIER_NAMES, check_source, parse_source, short, source_of
 from kvindexer.store.address import StoreAddress, read_address, without_password
 from kvindexer.store.password import password_in
+from kvindexer.tiering.feedback import MAX_REMEMBERED
 from kvindexer.tokenizer_settings import TokenizerSpec, key_of, read_tokenizers
 from kvindexer.types import SourceSpec
 
@@ -132,6 +133,21 @@ class Settings(BaseSettings):
         description="Most queries with text that wait for their tokens at once, and at most half of "
         "max_concurrent_requests; more are answered with 503.",
     )
+    max_change_streams: Count = Field(
+        default=16,
+        description="Most followers of /v1/changes at once, and at most half of max_concurrent_requests; more are "
+        "answered with 503.",
+    )
+    changes_max_bytes: Bytes = Field(
+        default=16 * MIB,
+        description="Most bytes of recent changes kept for followers of /v1/changes; one that falls behind is cut "
+        "off, and is given the present content when it comes back.",
+    )
+    changes_heartbeat_s: Seconds = Field(
+        default=10.0,
+        description="Seconds between signs of life on /v1/changes when nothing changes; a follower that takes "
+        "nothing for twice as long is cut off.",
+    )
     receive_timeout_s: Seconds = Field(
         default=10.0,
         description="Seconds that a client may take to send its request; then the answer is 408.",
@@ -175,6 +191,49 @@ class Settings(BaseSettings):
     tier_weights: Annotated[Mapping[str, Weight], BeforeValidator(_from_text)] = Field(
         default=TIER_WEIGHTS,
         description="Worth of a block on each tier against 1.0; a tier that isn't named keeps its own.",
+    )
+
+    speculative_ttl_s: Seconds = Field(
+        default=2.0,
+        description="Seconds that a prompt told to /v1/routed counts as held, unless its request says otherwise.",
+    )
+    max_speculative_blocks: Count = Field(
+        default=262_144,
+        description="Most blocks of prompts told to /v1/routed at once; past it those that end first go.",
+    )
+    feedback_window_s: Seconds = Field(
+        default=60.0,
+        description="Seconds that a report to /v1/feedback counts in the verdict on its source.",
+    )
+    feedback_min_reports: Annotated[int, BeforeValidator(_no_boolean)] = Field(
+        default=8,
+        gt=0,
+        le=MAX_REMEMBERED,
+        description="Fewest reports within the window for a verdict on a source.",
+    )
+    feedback_wrong_share: Annotated[float, BeforeValidator(_no_boolean)] = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of reports in the window that were over-predicted, by more than a block, from which on a "
+        "source loses its flags and is verified anew.",
+    )
+    feedback_pause_s: Seconds = Field(
+        default=300.0,
+        description="Seconds after such a verdict in which there is no other one on the source.",
+    )
+    max_heat_blocks: Count = Field(
+        default=32_768,
+        description="Most blocks whose heat is counted, of all keyspaces together; past it the coldest go.",
+    )
+    heat_half_life_s: Seconds = Field(
+        default=600.0,
+        description="Seconds after which a question counts half in the heat of its blocks.",
+    )
+    heat_blocks_per_s: Count = Field(
+        default=100_000,
+        description="Most blocks of questions counted a second; past it prompts are left out and estimated.",
     )
 
     tokenizers: Mapping[str, TokenizerSpec] = Field(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 
 import httpx
@@ -26,6 +26,7 @@ from kvindexer.events.sources import Registry
 from kvindexer.index.engine import PyIndex
 from kvindexer.service import open_texts
 from kvindexer.settings import Settings
+from kvindexer.tiering.feedback import Accuracy, FeedbackRule, Report
 from kvindexer.types import SourceSpec, SourceType
 
 NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -44,6 +45,7 @@ class FakeFleet:
     counters: dict[str, dict[str, int]] = field(default_factory=dict)
     figures: StoreFigures = field(default_factory=StoreFigures)
     troubles: list[StoreProblem] = field(default_factory=list)
+    accuracies: dict[str, Accuracy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.registry = Registry()
@@ -91,6 +93,26 @@ class FakeFleet:
     def store(self) -> StoreFigures:
         return self.figures
 
+    def feedback(
+        self,
+        instance: str,
+        predicted_tokens: int,
+        cached_tokens: int,
+        *,
+        tenant: str,
+        model: str | None = None,
+        rank: int | None = None,
+    ) -> list[Report]:
+        return [
+            self.accuracies.setdefault(source, Accuracy(FeedbackRule())).add(
+                predicted_tokens, cached_tokens, spec.block_size, monotonic()
+            )
+            for source, spec in self.registry
+            if (spec.instance, spec.tenant) == (instance, tenant)
+            and model in (None, spec.model)
+            and rank in (None, spec.rank)
+        ]
+
     def _report(self, source: str, spec: SourceSpec) -> SourceReport:
         status, stats = self.status(spec.instance), self.index.stats(source)
         values: dict[str, Any] = {"batches": 0, "gaps": 0, "replays": 0, "poison": 0}
@@ -108,6 +130,7 @@ class FakeFleet:
             last_event_s=None,
             orphans=stats.orphans,
             blocks=stats.blocks,
+            accuracy=self.accuracies.get(source, Accuracy(FeedbackRule())).figures,
             **values,
         )
 

@@ -161,6 +161,14 @@ def test_sources_show_everything_worth_knowing(api: Api) -> None:
                 "orphans": 0,
                 "poison": 3,
                 "stored": None,
+                "feedback": {
+                    "exact": 0,
+                    "over": 0,
+                    "under": 0,
+                    "predicted_tokens": 0,
+                    "cached_tokens": 0,
+                    "doubts": 0,
+                },
             }
         ],
         "totals": {"events": 1, "queries": 1, "blocks": 10},
@@ -325,6 +333,11 @@ def test_the_openapi_document_describes_every_route_and_no_other(api: Api) -> No
         "/v1/match",
         "/v1/match/batch",
         "/v1/keys",
+        "/v1/routed",
+        "/v1/feedback",
+        "/v1/heat/prefixes",
+        "/v1/heat/single",
+        "/v1/heat/prewarm",
         "/v1/blocks/locate",
         "/v1/offload/plan",
         "/v1/tiers",
@@ -357,6 +370,7 @@ def test_the_openapi_document_has_the_fields_of_the_hot_routes(api: Api) -> None
     )
     assert schemas["MatchRequest"]["required"] == ["model"]
     api.store(api.add("pod-a"), PROMPT)
+    api.post("/v1/routed", {"model": "m", "instance": "pod-a", "tokens": PROMPT, "ttl_s": 60})
     answer = api.post("/v1/match", {"model": "m", "tokens": PROMPT, "candidates": ["pod-a"], "by_rank": True})
     assert set(schemas["Match"]["properties"]) == set(answer["matches"][0])
     assert set(schemas["MooncakeFigures"]["properties"]) == {"longest_matched", "GPU", "CPU", "DISK", "DP"}

@@ -9,6 +9,7 @@ FastAPI           everything else, and the OpenAPI document of all
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Final
 
 from fastapi import FastAPI, Request
@@ -19,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from kvindexer import __version__
-from kvindexer.api import health, locate, plan, rfc_sources, sources, tiers
+from kvindexer.api import feedback, health, heat, locate, plan, rfc_sources, routed, sources, tiers
 from kvindexer.api.body import BodyReader
 from kvindexer.api.errors import error_body, error_headers, internal_error, method_not_allowed
 from kvindexer.api.fleet import Fleet
@@ -49,6 +50,8 @@ from kvindexer.api.text import TextPrompts
 from kvindexer.errors import RequestError
 from kvindexer.index.seam import Index
 from kvindexer.settings import Settings
+from kvindexer.tiering.heat import HeatCounts
+from kvindexer.tiering.speculative import Speculation
 from kvindexer.tokenization.texts import Texts
 
 _RFC_ANSWERS: Final = (dict[str, dict[str, MooncakeFigures]], DynamoAnswer)
@@ -92,6 +95,8 @@ _HOT: Final = (
         (KeysAnswer,),
         msgpack=True,
     ),
+    routed.ROUTE,
+    feedback.ROUTE,
     locate.ROUTE,
     plan.ROUTE,
     HotRoute("/query", "Prefix query by tokens", _RFC_QUERY, "RFC #1403", TokenQuery, _RFC_ANSWERS),
@@ -112,13 +117,25 @@ _DESCRIPTION: Final = (
 
 
 def create_app(
-    settings: Settings, index: Index, fleet: Fleet, metrics: Metrics, texts: Texts | None = None
+    settings: Settings,
+    index: Index,
+    fleet: Fleet,
+    metrics: Metrics,
+    texts: Texts | None = None,
+    *,
+    speculation: Speculation | None = None,
 ) -> ASGIApp:
-    """The ASGI application; it uses index, fleet and texts in the event loop's thread and owns none of them."""
+    """The ASGI application; it uses index, fleet and the like in the event loop's thread and owns none of them.
+
+    `speculation` is the overlay that the fleet tells of events.
+    """
+    speculation = speculation or Speculation(settings.max_speculative_blocks)
+    counts = HeatCounts(settings.max_heat_blocks, settings.heat_half_life_s, settings.heat_blocks_per_s, monotonic)
     metrics.watch(fleet)
+    metrics.watch_tiering(speculation, counts)
     models = KnownModels(fleet)
-    queries = QueryRoutes(settings, index, models, metrics)
-    matcher = Matcher(settings, index, fleet, models, metrics)
+    queries = QueryRoutes(settings, index, models, metrics, heat=counts)
+    matcher = Matcher(settings, index, fleet, models, metrics, heat=counts, speculation=speculation)
     prompts = TextPrompts(texts or Texts({}))
     matches = MatchRoutes(settings, matcher, prompts)
     scores = ScoreRoutes(settings, index, models, metrics, prompts)
@@ -127,8 +144,10 @@ def create_app(
         "/v1/match": matches.one,
         "/v1/match/batch": matches.batch,
         "/v1/keys": KeysRoute(settings, matcher, prompts),
+        "/v1/routed": routed.RoutedRoute(settings, fleet, matcher, prompts, speculation),
+        "/v1/feedback": feedback.FeedbackRoute(fleet, metrics),
         "/v1/blocks/locate": locate.LocateRoute(settings, index, fleet, models),
-        "/v1/offload/plan": plan.PlanRoute(settings, index, fleet),
+        "/v1/offload/plan": plan.PlanRoute(settings, index, fleet, counts),
         "/score_completions": scores.completions,
         "/score_chat_completions": scores.chats,
     }
@@ -143,6 +162,7 @@ def create_app(
         rfc_sources.routes(fleet),
         sources.routes(fleet, metrics),
         tiers.routes(fleet),
+        heat.routes(heat.HeatViews(index, counts, models)),
         health.routes(fleet, metrics),
     )
     for router in routers:
@@ -153,7 +173,7 @@ def create_app(
         _HOT,
         (
             *(BatchPrompt, Registration, Unregistration, locate.Holder),
-            *(*rfc_sources.ANSWERS, *sources.ANSWERS, *tiers.ANSWERS, *health.ANSWERS),
+            *(*rfc_sources.ANSWERS, *sources.ANSWERS, *tiers.ANSWERS, *heat.ANSWERS, *health.ANSWERS),
         ),
     )
     app: ASGIApp = HotRoutes(handlers, calls, rest)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from kvindexer.events.keeping import Stored, StoreFigures, StoreProblem
 from kvindexer.events.status import InstanceStatus, SourceReport
+from kvindexer.tiering.feedback import Report
 from kvindexer.types import SourceSpec, SourceType
 
 
@@ -46,6 +47,18 @@ class Fleet(Protocol):
 
     def status(self, instance: str) -> InstanceStatus:
         """Worst of what is known of the instance's sources; cheap, it is asked for each instance of an answer."""
+
+    def feedback(
+        self,
+        instance: str,
+        predicted_tokens: int,
+        cached_tokens: int,
+        *,
+        tenant: str,
+        model: str | None = None,
+        rank: int | None = None,
+    ) -> Sequence[Report]:
+        """What an engine reported against what was predicted; one report for each source that it is about."""
 
     def reports(self) -> list[SourceReport]:
         """One report a source."""

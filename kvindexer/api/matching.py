@@ -6,12 +6,14 @@ Asked, Prompt ─► Index.match in each keyspace ─► rows, best first ─►
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import isnan
 from typing import Any, NamedTuple
 
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.forms import FORMS, Form
 from kvindexer.api.identities import Candidates, Identities
+from kvindexer.api.lookahead import Lookahead
 from kvindexer.api.lookup import DEFAULT_TENANT, Found, KnownModels, find, keyspaces
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.prompt import Prompt
@@ -20,6 +22,8 @@ from kvindexer.api.schemas import Question, TierWeights
 from kvindexer.errors import RequestError, TooLargeError
 from kvindexer.index.seam import Index
 from kvindexer.settings import Settings
+from kvindexer.tiering.heat import HeatCounts
+from kvindexer.tiering.speculative import Speculation
 from kvindexer.tiering.weights import Weights
 from kvindexer.types import TIERS, Keyspace
 
@@ -51,10 +55,23 @@ class Answered(NamedTuple):
 
 
 class Matcher:
-    """Answers questions."""
+    """Answers questions; `heat` is told of them, `speculation` tells of prompts that are on their way."""
 
-    def __init__(self, settings: Settings, index: Index, fleet: Fleet, models: KnownModels, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        index: Index,
+        fleet: Fleet,
+        models: KnownModels,
+        metrics: Metrics,
+        *,
+        heat: HeatCounts,
+        speculation: Speculation,
+    ) -> None:
         self._index = index
+        self._heat = heat
+        self._speculation = speculation
+        self._lookahead = Lookahead(index, speculation)
         self._models = models
         self._metrics = metrics
         self._max_candidates = settings.max_candidates
@@ -88,13 +105,20 @@ class Matcher:
             block_size=block_size,
         )
 
+    def instances(self, space: Keyspace) -> Collection[str]:
+        """Instances that a match in this keyspace could name."""
+        return self._index.instances(space)
+
     def answer(self, asked: Asked, prompt: Prompt) -> Answered:
         """Who holds how much of a prompt."""
         spaces, candidates, ranking = asked.spaces, asked.candidates, asked.ranking
         known = None if candidates is None or asked.all_of_them else asked.known
         found = find(self._index, spaces, prompt, known)
+        for space in spaces:
+            self._heat.asked(space, prompt.keys(space.block_size))
+        ahead = self._lookahead.ahead(found, prompt, known) if self._speculation.alive else None
         listed = None if candidates is None else Listed(asked.known, candidates.spelled)
-        rows, longest = self._rows[asked.form].rows(found, ranking, listed)
+        rows, longest = self._rows[asked.form].rows(found, ranking, listed, ahead)
         size = min(space.block_size for space in spaces) if len(spaces) > 1 else spaces[0].block_size
         tokens = prompt.tokens(size)
         blocks = tokens // size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from time import monotonic
 from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -18,6 +19,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from kvindexer.api.counting import Accumulated, Latencies
 from kvindexer.api.fleet import Fleet, SourceReport, StoreFigures, StoreProblem
 from kvindexer.index.seam import Change
+from kvindexer.tiering.feedback import OUTCOMES, Outcome
+from kvindexer.tiering.heat import HeatCounts
+from kvindexer.tiering.speculative import Speculation
 from kvindexer.types import TIERS
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -44,7 +48,13 @@ class Metrics:
         self._latencies: dict[str, Latencies] = {}
         self._gaps = Accumulated()
         self._replays = Accumulated()
+        self._feedback: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
+        self._predicted_tokens = 0
+        self._cached_tokens = 0
+        self._doubts = 0
         self._fleet: Fleet | None = None
+        self._speculation: Speculation | None = None
+        self._heat: HeatCounts | None = None
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -52,6 +62,10 @@ class Metrics:
     def watch(self, fleet: Fleet) -> None:
         """Take the figures of the sources from this fleet."""
         self._fleet = fleet
+
+    def watch_tiering(self, speculation: Speculation, heat: HeatCounts) -> None:
+        """Take the figures of what is routed and of what is asked for from these."""
+        self._speculation, self._heat = speculation, heat
 
     def render(self) -> bytes:
         """The whole as text."""
@@ -89,6 +103,13 @@ class Metrics:
         """A query's text has become tokens, or has not; `outcome` is one of our words."""
         self._texts[outcome] += 1
 
+    def feedback(self, outcome: Outcome, predicted_tokens: int, cached_tokens: int, doubted: int) -> None:
+        """An engine's report came in; `doubted` sources were wrong too often."""
+        self._feedback[outcome] += 1
+        self._predicted_tokens += predicted_tokens
+        self._cached_tokens += cached_tokens
+        self._doubts += doubted
+
     def answered(self, route: str, status: int, seconds: float | None) -> None:
         """A request was answered; `route` is one of our paths, never what the caller wrote.
 
@@ -123,6 +144,9 @@ class Metrics:
         if self._fleet is not None:
             yield from self._of_store(self._fleet.store(), self._fleet.problems())
         yield from self._of_queries()
+        yield from self._of_feedback()
+        if self._speculation is not None and self._heat is not None:
+            yield from _of_tiering(self._speculation, self._heat)
 
     def _of_sources(self, reports: list[SourceReport]) -> Iterator[Metric]:
         yield _counter("gaps", "Holes seen in the order of messages.", self._gaps.look(_sums(reports, "gaps")))
@@ -188,6 +212,23 @@ class Metrics:
         for route, latencies in sorted(self._latencies.items()):
             latency.add_metric([route], buckets=latencies.cumulative(), sum_value=latencies.sum_s)
         yield latency
+
+    def _of_feedback(self) -> Iterator[Metric]:
+        yield _counters("feedback", "Reports of engines, by how the prediction came out.", "outcome", self._feedback)
+        yield _counter("feedback_predicted_tokens", "Tokens that were predicted as cached.", self._predicted_tokens)
+        yield _counter("feedback_cached_tokens", "Tokens that engines reported as cached.", self._cached_tokens)
+        yield _counter("feedback_doubts", "Sources that were wrong too often and verified anew.", self._doubts)
+
+
+def _of_tiering(speculation: Speculation, heat: HeatCounts) -> Iterator[Metric]:
+    speculation.expire(monotonic())
+    yield _counter("routed", "Prompts told to /v1/routed.", speculation.routed)
+    yield _gauge("speculative_blocks", "Blocks of them that no event has confirmed yet.", speculation.blocks)
+    ended = {"confirmed": speculation.confirmed, "expired": speculation.expired, "made_room": speculation.made_room}
+    yield _counters("speculative_ended", "Blocks of them that are not awaited any more.", "reason", ended)
+    yield _gauge("heat_blocks", "Blocks whose heat is counted.", heat.blocks)
+    yield _counter("heat_prompts", "Prompts whose blocks were counted.", heat.counted)
+    yield _counter("heat_left_out", "Prompts for which there was no time; others stand for them.", heat.left_out)
 
 
 def _bounded(label: str, known: Mapping[str, int]) -> str:

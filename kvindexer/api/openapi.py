@@ -101,8 +101,10 @@ def _operation(route: HotRoute) -> dict[str, Any]:
 
 
 def _errors(operation: Mapping[str, Any]) -> dict[str, Any]:
-    """Errors that a route can answer with: those of bodies only if it has one."""
-    statuses = ERRORS if "requestBody" in operation else ("500", "503")
+    """Errors that a route can answer with: those of bodies only if it has one, those of values if it takes some."""
+    statuses: Iterable[str] = ("404", "422", "500", "503") if operation.get("parameters") else ("500", "503")
+    if "requestBody" in operation:
+        statuses = ERRORS
     return {
         status: {"description": ERRORS[status], "content": {JSON: {"schema": _ref(ErrorAnswer)}}}
         for status in statuses

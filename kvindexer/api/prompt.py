@@ -39,9 +39,16 @@ class TokenPrompt:
         self._lora = lora or None
         self._cache_salt = cache_salt or None
         self._multimodal = multimodal
+        self._keys: dict[int, list[int]] = {}
 
     def keys(self, block_size: int) -> list[int]:
         """See `Prompt.keys`."""
+        keys = self._keys.get(block_size)
+        if keys is None:
+            keys = self._keys[block_size] = self._hashed(block_size)
+        return keys
+
+    def _hashed(self, block_size: int) -> list[int]:
         extras = None
         if self._lora or self._cache_salt or self._multimodal:
             extras = prompt_extras(

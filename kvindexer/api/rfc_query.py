@@ -31,6 +31,7 @@ from kvindexer.api.rfc_schemas import (
 from kvindexer.errors import RequestError, TooLargeError
 from kvindexer.index.seam import HolderMatch, Index
 from kvindexer.settings import Settings
+from kvindexer.tiering.heat import HeatCounts
 from kvindexer.tokenization.blocks import keys_from_locals
 from kvindexer.types import Keyspace
 
@@ -42,8 +43,17 @@ _read_hashes = reader(HashQuery)
 class QueryRoutes:
     """Both routes, as functions of the body."""
 
-    def __init__(self, settings: Settings, index: Index, models: KnownModels, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        index: Index,
+        models: KnownModels,
+        metrics: Metrics,
+        *,
+        heat: HeatCounts | None = None,
+    ) -> None:
         self._index = index
+        self._heat = heat
         self._models = models
         self._metrics = metrics
         self._max_prompt_tokens = settings.max_prompt_tokens
@@ -109,6 +119,9 @@ class QueryRoutes:
     def _answer(self, query: Scope, spaces: list[Keyspace], prompt: Prompt) -> bytes:
         wanted = None if query.instance_id is None else frozenset((str(query.instance_id),))
         found = find(self._index, spaces, prompt, wanted)
+        if self._heat is not None:
+            for space in spaces:
+                self._heat.asked(space, prompt.keys(space.block_size))
         hit = max((match.usable * space.block_size for space, matches in found for match in matches), default=0)
         self._metrics.asked(hit, prompt.tokens(spaces[0].block_size))
         if query.model is None and query.modelname is None:

@@ -15,6 +15,7 @@ import msgspec
 
 from kvindexer.api.fleet import Fleet, InstanceStatus
 from kvindexer.api.forms import Form
+from kvindexer.api.lookahead import Ahead
 from kvindexer.api.lookup import Found
 from kvindexer.api.pieces import Joiner, fields_of, piece
 from kvindexer.api.schemas import RankFigures, Tiers, TierTokens
@@ -120,6 +121,10 @@ class _ByRank(msgspec.Struct):
     by_rank: dict[str, RankFigures]
 
 
+class _Soon(msgspec.Struct):
+    speculative_tokens: int
+
+
 class _Shape(NamedTuple):
     """Figures of one rank, whosoever they are."""
 
@@ -149,13 +154,23 @@ class RowMaker:
         self._trusts: dict[InstanceStatus, bytes] = {}
         self._names: dict[str | tuple[str, str], bytes] = {}
         self._joiners = {
-            (spelled, by_rank): Joiner(form, fields_of((who, _Figures, _Trust, *rank)))
+            (spelled, by_rank, routed): Joiner(form, fields_of((who, _Figures, _Trust, *rank, *soon)))
             for spelled, who in ((False, _Who), (True, _Spelled))
             for by_rank, rank in ((False, ()), (True, (_ByRank,)))
+            for routed, soon in ((False, ()), (True, (_Soon,)))
         }
 
-    def rows(self, found: Sequence[Found], ranking: Ranking, listed: Listed | None) -> Rows:
-        """Rows of instances that hold something, then of listed ones that don't, if they meet the requirements."""
+    def rows(
+        self,
+        found: Sequence[Found],
+        ranking: Ranking,
+        listed: Listed | None,
+        ahead: Mapping[str, Ahead] | None = None,
+    ) -> Rows:
+        """Rows of instances that hold something, then of those that will soon, then of listed ones that don't.
+
+        All of them must meet the requirements.  `ahead`: prompts are on their way, and how far these instances get.
+        """
         entries = self._entries(found, ranking)
         holding = {entry[1] for entry in entries}
         if len(holding) != len(entries):
@@ -165,6 +180,14 @@ class RowMaker:
             entries = [entry for entry in entries if required.met_by(status_of(entry[1]))]
         entries.sort()
         longest = max([entry[2].matched for entry in entries], default=0)
+        if ahead:
+            coming = [
+                (_LAST, instance, self._without_match(soon.block_size), 0, _NO_MATCH)
+                for instance, soon in sorted(ahead.items(), key=lambda item: (-item[1].tokens, item[0]))
+                if instance not in holding and (required is None or required.met_by(status_of(instance)))
+            ]
+            entries += coming
+            holding = holding.union(ahead)
         if listed is not None and len(holding) < len(listed.sizes):
             entries += [
                 (_LAST, instance, self._without_match(listed.sizes[instance]), 0, _NO_MATCH)
@@ -172,7 +195,7 @@ class RowMaker:
                 if required is None or required.met_by(status_of(instance))
             ]
         details = _by_rank(found, ranking.weights) if ranking.by_rank else None
-        joiner = self._joiners[listed is not None, ranking.by_rank]
+        joiner = self._joiners[listed is not None, ranking.by_rank, ahead is not None]
         join, spelled = joiner.between.join, None if listed is None else listed.spelled
         names, trusts = self._names, self._trusts
         rows = []
@@ -181,9 +204,13 @@ class RowMaker:
             if name is None:
                 name = self._name(instance, spelled)
             status = status_of(instance)
-            pieces = (name, shape.encoded, trusts.get(status) or self._trust(status))
+            pieces: tuple[bytes, ...] = (name, shape.encoded, trusts.get(status) or self._trust(status))
             if details is not None:
                 pieces += (piece(self._form, _ByRank(details.get(instance, {}))),)
+            if ahead is not None:
+                soon = ahead.get(instance)
+                matched = shape.matched if soon is None else max(shape.matched, soon.tokens)
+                pieces += (piece(self._form, _Soon(matched)),)
             rows.append(join(pieces))
         return Rows(joiner.objects(rows), longest)
 

@@ -226,6 +226,16 @@ class Match(msgspec.Struct, gc=False):
         Annotated[dict[str, RankFigures], Meta(description="Each rank that holds something, if asked for.")]
         | msgspec.UnsetType
     ) = msgspec.UNSET
+    speculative_tokens: (
+        Annotated[
+            int,
+            Meta(
+                description="Leading tokens when prompts told to /v1/routed count as held too, of which no event has "
+                "come yet; there only while such prompts of the model are on their way."
+            ),
+        ]
+        | msgspec.UnsetType
+    ) = msgspec.UNSET
 
 
 Blocks = Annotated[int, Meta(description="Full blocks of the prompt, of the smallest block size that was looked at.")]

@@ -5,11 +5,12 @@ Nothing secret: no salts, no tokens, no hashes.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 from fastapi import APIRouter
 from fastapi.responses import Response
+from msgspec import Meta
 
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.metrics import Metrics
@@ -33,6 +34,17 @@ class StoredEntry(msgspec.Struct):
     epoch: int
     seq: int | None
     entries: int
+
+
+class FeedbackFigures(msgspec.Struct):
+    """What /v1/feedback told of the source: how predictions came out, and the tokens of all of them together."""
+
+    exact: int
+    over: int
+    under: int
+    predicted_tokens: int
+    cached_tokens: int
+    doubts: Annotated[int, Meta(description="How often the source was wrong too often, and was verified anew.")]
 
 
 class SourceEntry(msgspec.Struct):
@@ -62,6 +74,7 @@ class SourceEntry(msgspec.Struct):
     orphans: int
     poison: int
     stored: StoredEntry | None
+    feedback: FeedbackFigures
 
 
 class Totals(msgspec.Struct):
@@ -130,4 +143,5 @@ def _entry(report: SourceReport) -> SourceEntry:
         orphans=report.orphans,
         poison=report.poison,
         stored=None if report.stored is None else StoredEntry(*report.stored),
+        feedback=FeedbackFigures(*report.accuracy),
     )

@@ -29,8 +29,10 @@ from kvindexer.events.subscriber import Subscriber
 from kvindexer.index.seam import Change, Index
 from kvindexer.index.topology import is_store
 from kvindexer.settings import Settings
+from kvindexer.tiering.feedback import Accuracy, FeedbackRule, Report
 from kvindexer.tiering.media import tier_named
-from kvindexer.types import TIERS, SourceSpec, SourceType, Tier
+from kvindexer.tiering.speculative import Speculation
+from kvindexer.types import TIERS, Keyspace, SourceSpec, SourceType, Tier
 
 _log = logging.getLogger(__name__)
 _TRUST = {State.GONE: 0, State.STALE: 1, State.SYNCING: 2, State.LIVE: 3}
@@ -57,10 +59,11 @@ class Counters(Protocol):
 class _Source:
     """What the service keeps of one source, beside its machine and its share of the index."""
 
-    def __init__(self, source: str, spec: SourceSpec, stream: Stream) -> None:
+    def __init__(self, source: str, spec: SourceSpec, stream: Stream, rule: FeedbackRule) -> None:
         self.source = source
         self.spec = spec
         self.stream = stream
+        self.accuracy = Accuracy(rule)
         self.batches = 0
         self.poison = 0
 
@@ -69,6 +72,7 @@ class LiveFleet:
     """The registered sources, followed; `Fleet` of the HTTP API, `Sink` of the subscriber, `Kept` of its keeper.
 
     `open_index` makes the index engine; what it is given names sources in the order in which they may lose entries.
+    `speculation` is told which blocks events have spoken of.
     """
 
     def __init__(
@@ -77,8 +81,16 @@ class LiveFleet:
         open_index: Callable[[LeastTrusted], Index],
         counters: Counters,
         keeper: Keeper | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.settings = settings
+        self._speculation = speculation or Speculation(settings.max_speculative_blocks)
+        self._rule = FeedbackRule(
+            window_s=settings.feedback_window_s,
+            min_reports=settings.feedback_min_reports,
+            wrong_share=settings.feedback_wrong_share,
+            pause_s=settings.feedback_pause_s,
+        )
         self.index = open_index(self._least_trusted)
         self._counters = counters
         self._keeper = keeper or Nobody()
@@ -205,7 +217,7 @@ class LiveFleet:
         source = self._registry.register(spec)
         if source is None:
             return False
-        self._sources[source] = known = _Source(source, spec, self._stream(spec))
+        self._sources[source] = known = _Source(source, spec, self._stream(spec), self._rule)
         self._by_instance.setdefault(spec.instance, []).append(known)
         try:
             self._start(known)
@@ -385,7 +397,34 @@ class LiveFleet:
             poison=known.poison,
             blocks=stats.blocks,
             stored=self._keeper.stored(known.source),
+            accuracy=known.accuracy.figures,
         )
+
+    def feedback(
+        self,
+        instance: str,
+        predicted_tokens: int,
+        cached_tokens: int,
+        *,
+        tenant: str,
+        model: str | None = None,
+        rank: int | None = None,
+    ) -> list[Report]:
+        """What an engine reported against what was predicted; one report for each source that it is about."""
+        now = time.monotonic()
+        reports = []
+        for known in self._by_instance.get(instance, ()):
+            spec = known.spec
+            fits = spec.tenant == tenant and model in (None, spec.model) and rank in (None, spec.rank)
+            if not fits or is_store(spec):
+                continue
+            report = known.accuracy.add(predicted_tokens, cached_tokens, spec.block_size, now)
+            reports.append(report)
+            if report.doubt:
+                known.stream.found_wrong("its engine reports fewer cached tokens than its events claim", now)
+                self.changed(known.source)
+                _log.warning("source %s: claims were wrong again and again, it is verified anew", known.source)
+        return reports
 
     def _least_trusted(self) -> Iterator[str]:
         """Sources in the order in which their entries may go when the index is full."""
@@ -419,8 +458,25 @@ class LiveFleet:
             self._keeper.applied(source, seq, payload, Change())
             return
         self._counters.applied(change)
+        if self._speculation.alive:
+            self._confirm(source, change)
         self._consider(known, seq, change)
         self._keeper.applied(source, seq, payload, change)
+
+    def _confirm(self, source: str, change: Change) -> None:
+        """What events speak of is held or not, as the index says: there is nothing to speculate about any more."""
+        for name, hashes in ((source, change.touched), *change.touched_of.items()):
+            known = self._sources.get(name)
+            if known is None or is_store(known.spec) or not self._speculation.awaits(known.spec.instance):
+                continue
+            spec = known.spec
+            keys: dict[int, list[int]] = {}
+            for binding in self.index.resolve(name, set(hashes)):
+                if binding is not None:
+                    keys.setdefault(binding.block_size, []).append(binding.key)
+            for size, of_size in keys.items():
+                keyspace = Keyspace(spec.tenant, spec.model, spec.additional_salt, size)
+                self._speculation.confirm(keyspace, spec.instance, of_size)
 
     def _consider(self, known: _Source, seq: int, change: Change) -> None:
         """What a batch means for the truth of the source's flags."""

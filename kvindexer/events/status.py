@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvindexer.events.keeping import Stored
+from kvindexer.tiering.feedback import AccuracyFigures
 from kvindexer.types import SourceSpec
 
 
@@ -44,3 +45,5 @@ class SourceReport(NamedTuple):
     blocks: tuple[int, int, int, int]
     stored: Stored | None = None
     """What the durable copy held of it when it was last looked at."""
+    accuracy: AccuracyFigures = AccuracyFigures(0, 0, 0, 0, 0, 0)
+    """What engines reported against what was predicted."""
