@@ -83,9 +83,12 @@ class Connection:
         head = data[:end].lower()
         self.status = int(head[9:12])
         length = int(head.partition(b"content-length:")[2].split(b"\r\n", 1)[0])
-        while len(data) < end + 4 + length:
-            data += self._more()
-        return data[end + 4 :]
+        parts = [data[end + 4 :]]
+        missing = length - len(parts[0])
+        while missing > 0:
+            parts.append(self._more())
+            missing -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def timed(self, request: bytes) -> tuple[float, bytes]:
         """Ask and time it: seconds from the first byte sent to the last one received, and the body."""
