@@ -29,13 +29,14 @@ from servers import HOST, Cluster, Replicated, Server
 
 WHOLE = LinkFaults()
 PROMPT = list(range(24))
+SYNC_DEADLINE_S = 1.0
 
 
 @asynccontextmanager
 async def following(url: str, engine: FakeEngine, name: str = "a") -> AsyncIterator[tuple[Replica, SourceSpec]]:
     """A replica that follows the engine from its start."""
     spec = spec_of(engine)
-    async with replica(url, name, sources=(spec,)) as one:
+    async with replica(url, name, sources=(spec,), sync_deadline_s=SYNC_DEADLINE_S) as one:
         await until("live", lambda: one.flags(spec.endpoint) == ("live", True, True))
         yield one, spec
 
@@ -48,7 +49,7 @@ async def answers(one: Replica, engine: FakeEngine, seed: int = 0) -> None:
     keys = prompt_keys(pack_tokens(PROMPT), engine.shape.block_size)
     (found,) = one.fleet.index.match(Keyspace("default", "m", "", engine.shape.block_size), keys, len(PROMPT))
     assert found.cached == engine.cached_tokens(PROMPT) // engine.shape.block_size > 0
-    assert one.fleet.ready
+    await until("it is ready, at the latest when its time is over", lambda: one.fleet.ready)
 
 
 async def well(one: Replica) -> None:
