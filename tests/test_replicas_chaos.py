@@ -222,10 +222,10 @@ class Chaos:
     def replica_stops_or_goes_on(self) -> None:
         number = self.dice.randrange(3)
         if number in self.paused:
-            self.running.served[number].signal(signal.SIGCONT)
+            self.running.served[number].tell(signal.SIGCONT)
             self.paused.discard(number)
         elif number not in self.dead:
-            self.running.served[number].signal(signal.SIGSTOP)
+            self.running.served[number].tell(signal.SIGSTOP)
             self.paused.add(number)
 
     def redis_dies(self) -> None:
@@ -261,7 +261,7 @@ class Chaos:
     def end(self) -> None:
         """Everything is up and whole again."""
         for number in self.paused:
-            self.running.served[number].signal(signal.SIGCONT)
+            self.running.served[number].tell(signal.SIGCONT)
         for number in self.dead:
             self.running.served[number].start()
         for link in self.running.links:
