@@ -84,6 +84,9 @@ class FakeFleet:
     def status(self, instance: str) -> InstanceStatus:
         return self.statuses.get(instance, LIVE)
 
+    def each_status(self, instances: Sequence[str]) -> list[InstanceStatus]:
+        return [self.status(instance) for instance in instances]
+
     def reports(self) -> list[SourceReport]:
         return [self._report(source, spec) for source, spec in self.registry]
 

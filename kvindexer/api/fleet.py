@@ -60,6 +60,9 @@ class Fleet(Protocol):
     ) -> Sequence[Report]:
         """What an engine reported against what was predicted; one report for each source that it is about."""
 
+    def each_status(self, instances: Sequence[str]) -> list[InstanceStatus]:
+        """The status of each of these; the same object for as long as nothing changes."""
+
     def reports(self) -> list[SourceReport]:
         """One report a source."""
 

@@ -139,11 +139,17 @@ _Entry = tuple[tuple[float, float, float], str, _Shape, int, HolderMatch]
 """Order, instance, figures, and what they were made of: block size and match."""
 
 
+_Around = tuple[InstanceStatus | None, bytes, bytes]
+"""A status, and what stands before and behind the figures of an instance that has it."""
+
+_NOBODY: Final[_Around] = (None, b"", b"")
+
+
 class RowMaker:
     """Makes rows for answers of one form, from pieces.
 
     What instances hold differs between queries, the shapes of what they hold mostly repeat: they are encoded once.
-    So are the states of instances, which are the same for many queries, and names.
+    So are names and states of instances, which are the same for many queries.
     """
 
     def __init__(self, fleet: Fleet, form: Form, weights: Weights) -> None:
@@ -151,8 +157,9 @@ class RowMaker:
         self._form = form
         self._weights = weights
         self._shapes: dict[tuple[object, ...], _Shape] = {}
-        self._trusts: dict[InstanceStatus, bytes] = {}
-        self._names: dict[str | tuple[str, str], bytes] = {}
+        self._around: dict[str | tuple[str, str], _Around] = {}
+        """By instance, and how it is spelled if it is."""
+        self._soon: dict[int, bytes] = {}
         self._joiners = {
             (spelled, by_rank, routed): Joiner(form, fields_of((who, _Figures, _Trust, *rank, *soon)))
             for spelled, who in ((False, _Who), (True, _Spelled))
@@ -197,20 +204,21 @@ class RowMaker:
         details = _by_rank(found, ranking.weights) if ranking.by_rank else None
         joiner = self._joiners[listed is not None, ranking.by_rank, ahead is not None]
         join, spelled = joiner.between.join, None if listed is None else listed.spelled
-        names, trusts = self._names, self._trusts
+        around = self._around
+        shown = entries[: ranking.most]
+        statuses = self._fleet.each_status([entry[1] for entry in shown])
         rows = []
-        for _, instance, shape, _, _ in entries[: ranking.most]:
-            name = names.get(instance if spelled is None else (instance, spelled[instance]))
-            if name is None:
-                name = self._name(instance, spelled)
-            status = status_of(instance)
-            pieces: tuple[bytes, ...] = (name, shape.encoded, trusts.get(status) or self._trust(status))
+        for (_, instance, shape, _, _), status in zip(shown, statuses, strict=True):
+            known, name, trust = around.get(instance if spelled is None else (instance, spelled[instance]), _NOBODY)
+            if known is not status:
+                name, trust = self._surround(instance, spelled, status)
+            pieces: tuple[bytes, ...] = (name, shape.encoded, trust)
             if details is not None:
                 pieces += (piece(self._form, _ByRank(details.get(instance, {}))),)
             if ahead is not None:
                 soon = ahead.get(instance)
                 matched = shape.matched if soon is None else max(shape.matched, soon.tokens)
-                pieces += (piece(self._form, _Soon(matched)),)
+                pieces += (self._soon.get(matched) or self._speculative(matched),)
             rows.append(join(pieces))
         return Rows(joiner.objects(rows), longest)
 
@@ -266,22 +274,27 @@ class RowMaker:
             shape = self._shapes[key] = self._shape(size, _NO_MATCH, self._weights, {})
         return shape
 
-    def _trust(self, status: InstanceStatus) -> bytes:
-        """Encode what a row says of an instance's state, and keep it."""
-        if len(self._trusts) >= MAX_REMEMBERED:
-            self._trusts.clear()
-        encoded = self._trusts[status] = piece(self._form, _Trust(*status))
-        return encoded
-
-    def _name(self, instance: str, spelled: Mapping[str, str] | None) -> bytes:
-        """Encode what a row calls an instance, and keep it."""
-        if len(self._names) >= MAX_REMEMBERED:
-            self._names.clear()
+    def _surround(
+        self, instance: str, spelled: Mapping[str, str] | None, status: InstanceStatus
+    ) -> tuple[bytes, bytes]:
+        """Encode what stands around the figures of an instance, and keep it for as long as its status is the same."""
+        if len(self._around) >= MAX_REMEMBERED:
+            self._around.clear()
+        trust = piece(self._form, _Trust(*status))
         if spelled is None:
-            encoded = self._names[instance] = piece(self._form, _Who(instance))
+            name = piece(self._form, _Who(instance))
+            self._around[instance] = (status, name, trust)
         else:
             named = _Spelled(instance, spelled[instance])
-            encoded = self._names[instance, named.candidate] = piece(self._form, named)
+            name = piece(self._form, named)
+            self._around[instance, named.candidate] = (status, name, trust)
+        return name, trust
+
+    def _speculative(self, tokens: int) -> bytes:
+        """Encode how much an instance will hold, and keep it."""
+        if len(self._soon) >= MAX_REMEMBERED:
+            self._soon.clear()
+        encoded = self._soon[tokens] = piece(self._form, _Soon(tokens))
         return encoded
 
 

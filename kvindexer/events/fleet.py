@@ -350,6 +350,13 @@ class LiveFleet:
             self._statuses[instance] = status
         return status
 
+    def each_status(self, instances: Sequence[str]) -> list[InstanceStatus]:
+        """See `status`; cheaper for many."""
+        known = self._statuses
+        if self._subscriber is None or self._subscriber.busy:
+            known = {}
+        return [known.get(instance) or self.status(instance) for instance in instances]
+
     def _status(self, sources: list[_Source] | tuple[()], now: float) -> InstanceStatus:
         if not sources:
             return InstanceStatus(State.GONE.value, sound=False, complete=False, lag_ms=0.0, verified_ms=None)
