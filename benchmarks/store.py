@@ -20,7 +20,7 @@ from benchmarks.arena import Running
 from benchmarks.client import BY_HASH, BY_TOKENS
 from benchmarks.redis import Redis
 from benchmarks.results import percentiles
-from kvindexer.testing.proxy import FaultProxy, LinkFaults
+from benchmarks.slow_link import SlowLink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -58,11 +58,11 @@ class StoreEffort:
     latency_rounds: int = 3
     busy_s: float = 2.4
     starts: int = 2
-    growth: int = 2
-    """So many times the workload comes on top for the warm starts of a larger index."""
+    growth: int = 3
+    """The larger index has so many times the workload's entries."""
 
 
-QUICK: Final = StoreEffort(writing_rounds=1, latency_rounds=1, busy_s=1.0, starts=1, growth=2)
+QUICK: Final = StoreEffort(writing_rounds=1, latency_rounds=1, busy_s=1.0, starts=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,10 @@ def run(arena: Arena, contender: Contender, effort: StoreEffort) -> Samples:
         bench.fill(plain, 0)
         kept = stack.enter_context(bench.fresh(bench.direct))
         bench.fill(kept, 0)
+        bench.warm_starts(kept)
         bench.latency(plain, kept)
         plain.service.kill()
+        bench.grow(kept)
         bench.warm_starts(kept)
     return bench.samples
 
@@ -180,8 +182,7 @@ class Bench:
             samples.add("lag max", who, max(lags))
         if who == REDIS:
             time.sleep(SETTLE_S)  # what was replaced is being swept
-            entries = redis.total(redis.shards(), "entries")
-            samples.add("memory", who, (redis.memory() - memory) / entries)
+            samples.add("memory", who, (redis.memory() - memory) / self._entries())
         self._arena.check_all(running)
 
     def _in_step(self, running: Running) -> float:
@@ -206,27 +207,21 @@ class Bench:
     def latency(self, plain: Running, kept: Running) -> None:
         """Ask both services while blocks arrive, under each of the conditions."""
         rounds = range(self._effort.latency_rounds)
+        # the same blocks every time: Redis also keeps what is known of blocks that were removed
+        self._further = messages.further(self._arena.workload, int(measure.RATE * self._effort.busy_s))
         for turn in rounds:
             _say("latency")
             self._round(plain, kept, {UP: _nothing, STOPPED: self._stopped, DOWN: self._down}, turn)
-        with FaultProxy("127.0.0.1", self._redis.server.port) as proxy:
-            kept.restart(_with_store(self._contender, f"redis://127.0.0.1:{proxy.port}"))
-
-            @contextmanager
-            def slow() -> Iterator[None]:
-                proxy.faults = LinkFaults(latency_s=LATENCY_S)
-                yield
-                proxy.faults = LinkFaults()
-
+        with SlowLink(self._redis.server.port) as link:
+            kept.restart(_with_store(self._contender, f"redis://127.0.0.1:{link.port}"))
             for turn in rounds:
                 _say("latency, slow")
-                self._round(plain, kept, {SLOW: slow}, turn)
+                self._round(plain, kept, {SLOW: lambda: link.slow(LATENCY_S)}, turn)
             kept.restart(self.direct)
 
     def _round(self, plain: Running, kept: Running, conditions: Conditions, turn: int) -> None:
         """Ratios are those to `--store memory` in the same round."""
-        count = int(measure.RATE * self._effort.busy_s)
-        stores, removals = messages.further(self._arena.workload, count)
+        stores, removals = self._further
         times: dict[str, Times] = {}
         plan = [(plain, MEMORY, _nothing), *((kept, name, during) for name, during in conditions.items())]
         for one, name, during in measure.turns(plan, turn):
@@ -291,17 +286,18 @@ class Bench:
 
     # Warm start
 
-    def warm_starts(self, kept: Running) -> None:
-        """Start anew with the workload's entries, and with more."""
-        _say("warm starts")
-        self._starts(kept)
-        scale = self._arena.workload.scale
-        kept.play(self._arena.spool(messages.more(self._arena.workload, self._effort.growth * scale.entries)), 0)
+    def grow(self, kept: Running) -> None:
+        """Store further blocks for the warm starts of a larger index."""
+        entries = self._effort.growth * self._arena.workload.scale.entries - self._entries()
+        kept.play(self._arena.spool(messages.more(self._arena.workload, entries)), 0)
         self._in_step(kept)
-        _say("warm starts with more entries")
-        self._starts(kept)
 
-    def _starts(self, kept: Running) -> None:
+    def _entries(self) -> int:
+        return self._redis.total(self._redis.shards(), "entries")
+
+    def warm_starts(self, kept: Running) -> None:
+        """Start anew, in good order and killed."""
+        _say("warm starts")
         for turn in range(self._effort.starts):
             time.sleep(SETTLE_S)
             before = kept.fleet.count()
@@ -310,7 +306,7 @@ class Bench:
             self._arena.check_all(kept)
             replays = kept.fleet.count()
             replays.subtract(before)
-            entries = self._redis.total(self._redis.shards(), "entries")
+            entries = self._entries()
             self.samples.starts.append(
                 Start(entries=entries, ready_s=ready_s, rss_mb=rss_mb, peak_mb=peak_mb, replays=replays)
             )
