@@ -12,7 +12,6 @@ engine that computes a prompt has all of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import islice, takewhile
 from time import monotonic
 from typing import Final, NamedTuple
 
@@ -24,6 +23,8 @@ from kvindexer.types import Keyspace
 
 MOST_BRIDGES: Final = 16
 """Routed blocks lead on to held ones at most so often; behind that it is not looked any further."""
+_STRIDE: Final = 256
+"""Keys that are looked up at a time."""
 
 
 class Ahead(NamedTuple):
@@ -61,29 +62,48 @@ class Lookahead:
             if not routed:
                 continue
             any_routed = True
-            size, keys = keyspace.block_size, prompt.keys(keyspace.block_size)
-            depths: dict[str, dict[int | None, int]] = {}
-            for match in matches:
-                if match.instance in routed:
-                    depths.setdefault(match.instance, {})[match.rank] = match.held
-            known = self._index.instances(keyspace)
-            for instance, blocks in routed.items():
-                if instance not in known or (candidates is not None and instance not in candidates):
-                    continue
-                ranks = depths.get(instance) or {None: 0}
-                longest = max(
-                    self._reach(keyspace, keys, blocks, _Rank(instance, rank, held)) for rank, held in ranks.items()
-                )
-                before = reached.get(instance)
-                if longest > max(ranks.values()) and (before is None or longest * size > before.tokens):
-                    reached[instance] = Ahead(longest * size, size)
+            keys = prompt.keys(keyspace.block_size)
+            # nearly all instances fall out here: what was routed to them does not go on where they end
+            ranks = [
+                _Rank(match.instance, match.rank, match.held)
+                for match in matches
+                if match.instance in routed and match.held < len(keys) and keys[match.held] in routed[match.instance]
+            ]
+            if keys:
+                begun = {match.instance for match in matches}
+                ranks += [
+                    _Rank(instance, None, 0)
+                    for instance, blocks in routed.items()
+                    if keys[0] in blocks and instance not in begun
+                ]
+            if ranks:
+                self._extend(reached, keyspace, keys, ranks, candidates)
         return reached if any_routed else None
+
+    def _extend(
+        self,
+        reached: dict[str, Ahead],
+        keyspace: Keyspace,
+        keys: Sequence[int],
+        ranks: Iterable[_Rank],
+        candidates: Collection[str] | None,
+    ) -> None:
+        known, size = self._index.instances(keyspace), keyspace.block_size
+        routed = self._speculation.instances(keyspace)
+        for rank in ranks:
+            instance = rank.instance
+            if instance not in known or (candidates is not None and instance not in candidates):
+                continue
+            tokens = self._reach(keyspace, keys, routed[instance], rank) * size
+            before = reached.get(instance)
+            if before is None or tokens > before.tokens:
+                reached[instance] = Ahead(tokens, size)
 
     def _reach(self, keyspace: Keyspace, keys: Sequence[int], routed: Collection[int], known: _Rank) -> int:
         """Leading blocks of the prompt, routed or held by one rank."""
         instance, rank, depth = known
         for _ in range(MOST_BRIDGES):
-            run = sum(1 for _ in takewhile(routed.__contains__, islice(keys, depth, None)))
+            run = _run(keys, depth, routed)
             depth += run
             if not run or depth == len(keys):
                 break
@@ -99,3 +119,14 @@ class Lookahead:
             rank = best.rank
             depth += best.held
         return depth
+
+
+def _run(keys: Sequence[int], start: int, blocks: Collection[int]) -> int:
+    """How many keys from this one on are all among the blocks."""
+    end = start
+    while end < len(keys):
+        among = list(map(blocks.__contains__, keys[end : end + _STRIDE]))
+        if False in among:
+            return end + among.index(False) - start
+        end += len(among)
+    return end - start

@@ -133,6 +133,8 @@ class _Shape(NamedTuple):
     """What decides over the order, lower is better."""
     encoded: bytes
     matched: int
+    alone: bytes
+    """Encoded with what is to come soon, if nothing is."""
 
 
 _Entry = tuple[tuple[float, float, float], str, _Shape, int, HolderMatch]
@@ -212,13 +214,16 @@ class RowMaker:
             known, name, trust = around.get(instance if spelled is None else (instance, spelled[instance]), _NOBODY)
             if known is not status:
                 name, trust = self._surround(instance, spelled, status)
-            pieces: tuple[bytes, ...] = (name, shape.encoded, trust)
-            if details is not None:
-                pieces += (piece(self._form, _ByRank(details.get(instance, {}))),)
+            figures = shape.encoded
             if ahead is not None:
                 soon = ahead.get(instance)
-                matched = shape.matched if soon is None else max(shape.matched, soon.tokens)
-                pieces += (self._soon.get(matched) or self._speculative(matched),)
+                if soon is None or soon.tokens <= shape.matched:
+                    figures = shape.alone
+                else:
+                    figures = join((figures, self._reaching(soon.tokens)))
+            pieces: tuple[bytes, ...] = (name, figures, trust)
+            if details is not None:
+                pieces += (piece(self._form, _ByRank(details.get(instance, {}))),)
             rows.append(join(pieces))
         return Rows(joiner.objects(rows), longest)
 
@@ -265,7 +270,8 @@ class RowMaker:
         worth = score(match.cumulative, match.usable, weights) * size
         figures = _Figures(size, matched, cached, worth, _tiers(size, match.alone, match.cumulative), ranks)
         encoded = piece(self._form, figures)
-        return _Shape((-cached, -matched, -worth), (-worth, -cached, -matched), encoded, matched)
+        alone = self._joiners[False, False, True].between.join((encoded, self._reaching(matched)))
+        return _Shape((-cached, -matched, -worth), (-worth, -cached, -matched), encoded, matched, alone)
 
     def _without_match(self, size: int) -> _Shape:
         key = (size,)
@@ -290,11 +296,13 @@ class RowMaker:
             self._around[instance, named.candidate] = (status, name, trust)
         return name, trust
 
-    def _speculative(self, tokens: int) -> bytes:
+    def _reaching(self, tokens: int) -> bytes:
         """Encode how much an instance will hold, and keep it."""
-        if len(self._soon) >= MAX_REMEMBERED:
-            self._soon.clear()
-        encoded = self._soon[tokens] = piece(self._form, _Soon(tokens))
+        encoded = self._soon.get(tokens)
+        if encoded is None:
+            if len(self._soon) >= MAX_REMEMBERED:
+                self._soon.clear()
+            encoded = self._soon[tokens] = piece(self._form, _Soon(tokens))
         return encoded
 
 

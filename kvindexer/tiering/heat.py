@@ -24,6 +24,7 @@ the bound evenly: none can push out another's counts.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from heapq import nlargest
 from itertools import chain, islice, repeat
@@ -47,6 +48,8 @@ _TWICE: Final = 1.5
 _LONGEST_SHARE: Final = 4
 """Of one prompt at most this part of a table is counted."""
 _SAMPLE: Final = 1024
+_SAVED_S: Final = 0.25
+"""Budget of quiet times that is kept for busy ones."""
 
 
 class HotBlock(NamedTuple):
@@ -78,7 +81,7 @@ class HeatCounts:
         self._dice = dice or Random()  # noqa: S311 - spreads samples, guards nothing
         self._tables: dict[Keyspace, _Table] = {}
         self._looked_at = self._began_at = clock()
-        self._budget = blocks_per_s
+        self._budget = self._most_budget = max(1.0, blocks_per_s * _SAVED_S)
         self._wanted = 0.0
         """Budget that the next prompt needs to be counted."""
         self.counted = 0
@@ -89,7 +92,7 @@ class HeatCounts:
     def asked(self, keyspace: Keyspace, keys: Sequence[int]) -> None:
         """Somebody wants to know who holds this prompt."""
         now = self._clock()
-        budget = min(self._budget + (now - self._looked_at) * self._blocks_per_s, self._blocks_per_s)
+        budget = min(self._budget + (now - self._looked_at) * self._blocks_per_s, self._most_budget)
         self._looked_at = now
         table = self._tables.get(keyspace)
         if table is None:
@@ -104,7 +107,7 @@ class HeatCounts:
         if len(keys) > share // _LONGEST_SHARE:
             keys = keys[: share // _LONGEST_SHARE]
         self._budget = budget - len(keys)
-        self._wanted = min(self._dice.random() * len(keys), self._blocks_per_s)
+        self._wanted = min(self._dice.random() * len(keys), self._most_budget)
         self.counted += 1
         growth = self._growth(now)
         if growth > _MOST_GROWTH:
@@ -157,7 +160,7 @@ class HeatCounts:
             (weight * (table.length(key, lengths) if by_length else 1), -key, weight) for key, weight in choose(table)
         )
         return [
-            HotBlock(-key, table.above[-key], table.length(-key, lengths), weight * a_minute)
+            HotBlock(-key, table.above.get(-key, _ROOT), table.length(-key, lengths), weight * a_minute)
             for _, key, weight in nlargest(most, chosen)
         ]
 
@@ -207,9 +210,12 @@ class _Table:
         self.left_out = 0
         self.heaviest = max(self.heaviest, weight)
         weights = self.weights
+        # what is known of a prompt is a prefix of it (of keys that are no chain: perhaps not, which does no harm)
+        new = bisect_left(keys, 1, key=lambda key: int(key not in weights))
+        if new < len(keys):
+            self.above.update(zip(keys[new:], chain((keys[new - 1] if new else _ROOT,), keys[new:]), strict=False))
         # loops in C: this is the hot path of counting
         weights.update(zip(keys, map(add, map(weights.get, keys, repeat(self.floor)), repeat(weight)), strict=True))
-        self.above.update(zip(keys, chain((_ROOT,), keys), strict=False))
 
     def shed(self, share: int) -> None:
         """Drop the lighter half, and more if need be."""
@@ -219,8 +225,8 @@ class _Table:
             sample = sorted(islice(values, 0, None, max(1, len(values) // _SAMPLE)))
             floor = self.floor = sample[len(sample) // 2]
             self.weights = {key: weight for key, weight in self.weights.items() if weight > floor}
-        above = self.above
-        self.above = {key: above[key] for key in self.weights}
+        above = self.above.get
+        self.above = {key: above(key, _ROOT) for key in self.weights}
 
     def divide(self, growth: float) -> None:
         """Begin anew with small numbers."""
@@ -237,7 +243,7 @@ class _Table:
         """Those of them that end a shared prefix."""
         followed: dict[int, float] = {}
         for key, weight in self.weights.items():
-            above = self.above[key]
+            above = self.above.get(key, _ROOT)
             if weight > followed.get(above, self.floor):
                 followed[above] = weight
         floor = self.floor
