@@ -35,10 +35,13 @@ class Joiner:
 
     def objects(self, objects: Sequence[bytes]) -> msgspec.Raw:
         """A list of objects; each is its pieces, joined by `between`."""
-        joined = self._before + self._next.join(objects) + self._after if objects else b""
-        if self._is_json:
-            return msgspec.Raw(b"[" + joined + b"]")
-        return msgspec.Raw(_LIST + len(objects).to_bytes(4) + joined)
+        head, tail = (b"[", b"]") if self._is_json else (_LIST + len(objects).to_bytes(4), b"")
+        if not objects:
+            return msgspec.Raw(head + tail)
+        *rest, last = objects
+        rest.append(last + self._after + tail)
+        rest[0] = head + self._before + rest[0]
+        return msgspec.Raw(self._next.join(rest))  # the long part is copied once
 
 
 def piece(form: Form, fields: msgspec.Struct) -> bytes:
