@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from api_server import Api, serving
 from kvindexer.api.identities import MAX_REMEMBERED, Address, Identities, address_of
 from kvindexer.errors import SettingsError
 from kvindexer.source_settings import parse_source, source_of
+from kvindexer.store.layout import pack_spec, unpack_spec
 from kvindexer.types import SourceSpec
 
 PROMPT = list(range(16))
@@ -211,3 +213,10 @@ def test_p7_what_is_remembered_of_spellings_is_bounded(api: Api) -> None:
     (table,) = identities._tables.values()
     assert 0 < len(table._remembered) <= MAX_REMEMBERED
     assert identities.resolve(["10.0.0.1"], family, {"pod-a"}).spelled == {"pod-a": "10.0.0.1"}
+
+
+def test_aliases_survive_in_the_directory_of_sources() -> None:
+    """What one replica was told, all know; a registration without aliases is written as it always was."""
+    spec = SourceSpec(instance="pod-a", model="m", block_size=4, endpoint="tcp://10.0.0.1:5557", aliases=("a", "b"))
+    assert unpack_spec(pack_spec(spec)) == spec
+    assert b"aliases" not in pack_spec(replace(spec, aliases=()))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvindexer.api.identities import Identities
 from kvindexer.errors import ConflictError, RequestError
 from kvindexer.events import listing
 from kvindexer.events.fleet import LiveFleet
@@ -174,5 +175,36 @@ def test_one_address_has_one_registration() -> None:
             fleet.register(spec(url))
             with pytest.raises(ConflictError):
                 fleet.register(SourceSpec(instance="pod-b", model="m", block_size=4, endpoint=url))
+
+        with_fleet(scenario)
+
+
+def test_trap_13_the_address_of_a_listing_names_its_instance() -> None:
+    """Also before the engine has listed anything, and no longer once it is unregistered."""
+    with FakeEngine(pool=SMALL) as engine, engine_server() as (server, url):
+        server.status = 503
+        family = ("default", "m", None)
+
+        async def scenario(fleet: LiveFleet) -> None:
+            names = Identities(fleet)
+
+            def unknown(name: str) -> bool:
+                return bool(names.resolve([name], family, {"pod-a"}).unknown)
+
+            assert unknown(url)
+            fleet.register(spec(url))
+            address = url.removeprefix("http://")
+            assert not unknown(url)
+            server.answer, server.status = listed(engine), 200
+            await until("followed", lambda: fleet.reports()[0].source == engine.endpoint)
+            assert not any(unknown(name) for name in (url, f"{url}/v1", address, "127.0.0.1"))
+            assert not unknown(engine.endpoint)
+            assert unknown("127.0.0.1:1")
+            assert [status.state for status in fleet.each_status(["pod-a", "nobody"])] == [
+                fleet.status("pod-a").state,
+                "gone",
+            ]
+            fleet.unregister("pod-a")
+            assert all(unknown(name) for name in (url, address, "127.0.0.1", engine.endpoint))
 
         with_fleet(scenario)
