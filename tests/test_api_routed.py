@@ -9,7 +9,7 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 import pytest
 
-from api_server import Api, batch, serving
+from api_server import Api, batch, serving, stored
 from kvindexer.api.routed import MAX_TTL_S
 from kvindexer.events.fleet import LiveFleet
 from kvindexer.testing import FakeEngine, PoolShape
@@ -83,15 +83,23 @@ def test_the_rfc_routes_know_nothing_of_it(api: Api) -> None:
     assert api.post("/query_by_hash", {"model_name": "m", "seq_hashes": keys(PROMPT)})["instances"] == {}
 
 
-def test_routed_blocks_go_on_where_held_ones_end_and_lead_on_to_held_ones(api: Api) -> None:
-    source = api.add("pod-a")
-    api.store(source, PROMPT[:8])
+def test_routed_blocks_go_on_where_held_ones_end(api: Api) -> None:
+    api.store(api.add("pod-a"), PROMPT[:8])
     routed(api, "pod-a", keys=keys(PROMPT)[2:5])
     assert soon(api) == {"pod-a": (8, 20)}
-    api.store(source, PROMPT, first=2)
-    removed = {"type": "BlockRemoved", "block_hashes": [2002, 2003, 2004], "medium": "GPU", "group_idx": 0}
-    api.index.apply(source, batch(removed))
-    assert soon(api) == {"pod-a": (8, 40)}
+    assert soon(api, tokens=PROMPT[:16]) == {"pod-a": (8, 16)}
+    assert soon(api, tokens=PROMPT[:8]) == {"pod-a": (8, 8)}
+
+
+def test_it_goes_on_from_each_rank_by_itself_never_from_a_union(api: Api) -> None:
+    """Rank 0 holds two blocks, rank 1 four; three and four are on their way, and bring only rank 0 further."""
+    source = api.add("pod-a")
+    api.index.apply(source, batch(stored(PROMPT[:8]), rank=0))
+    api.index.apply(source, batch(stored(PROMPT[:12], first=2), rank=1))
+    routed(api, "pod-a", keys=keys(PROMPT)[2:5])
+    assert soon(api) == {"pod-a": (12, 20)}
+    routed(api, "pod-a", keys=keys(PROMPT)[5:7])
+    assert soon(api) == {"pod-a": (12, 28)}
 
 
 def test_it_is_gone_after_its_time_and_the_longest_of_equals_counts(api: Api) -> None:
@@ -214,18 +222,6 @@ def test_names_that_could_be_several_instances_are_refused(api: Api) -> None:
         "ambiguous_instance",
     )
     assert routed(api, "only-b")["instance"] == "pod-b"
-
-
-def test_callers_own_keys_that_alternate_with_held_blocks_cost_a_bounded_walk(api: Api) -> None:
-    """Every second block routed, every other one held: it is looked on a few times, then the rest is left."""
-    long = list(range(4 * 400))
-    source = api.add("pod-a")
-    api.store(source, long)
-    removed = {"type": "BlockRemoved", "block_hashes": [1000 + n for n in range(0, 400, 2)], "medium": "GPU"}
-    api.index.apply(source, batch(removed))
-    routed(api, "pod-a", keys=keys(long)[::2])
-    ((matched, speculative),) = soon(api, tokens=long).values()
-    assert (matched, speculative) == (0, 4 * 32)
 
 
 def test_blocks_whose_event_has_come_are_what_the_index_says_and_nothing_else() -> None:

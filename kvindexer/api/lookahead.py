@@ -1,30 +1,26 @@
-"""How far instances will get soon: prompts that were routed to them count as held, beside what they hold.
+"""How far instances will get soon: prompts that were routed to them count as held behind what they hold.
 
     keys       k0 k1 k2 k3 k4 k5 k6
-    held       ■  ■  .  .  ■  .  .       the index
-    routed     .  .  ■  ■  .  ■  .       the overlay (`tiering.speculative`)
-    together   ■  ■  ■  ■  ■  ■  .       six blocks
+    held       ■  ■  .  .  .  .  .       the index
+    routed     ■  ■  ■  ■  ■  .  ■       the overlay (`tiering.speculative`)
+    together   ■  ■  ■  ■  ■  .  .       five blocks
 
 One rank of the instance, never a union over ranks.  Of a hybrid model the rules of cache groups are left out: an
-engine that computes a prompt has all of it.
+engine that computes a prompt has all of it.  Held blocks behind a hole that only routed ones fill are not looked at:
+engines drop the end of a prompt before its beginning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import filterfalse, islice
 from time import monotonic
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from kvindexer.api.lookup import Found
 from kvindexer.api.prompt import Prompt
 from kvindexer.index.seam import Index
 from kvindexer.tiering.speculative import Speculation
-from kvindexer.types import Keyspace
-
-MOST_BRIDGES: Final = 16
-"""Routed blocks lead on to held ones at most so often; behind that it is not looked any further."""
-_STRIDE: Final = 256
-"""Keys that are looked up at a time."""
 
 
 class Ahead(NamedTuple):
@@ -32,14 +28,6 @@ class Ahead(NamedTuple):
 
     tokens: int
     block_size: int
-
-
-class _Rank(NamedTuple):
-    instance: str
-    rank: int | None
-    """None: it holds nothing of the prompt, any rank may go on."""
-    held: int
-    """Leading blocks."""
 
 
 class Lookahead:
@@ -62,71 +50,30 @@ class Lookahead:
             if not routed:
                 continue
             any_routed = True
-            keys = prompt.keys(keyspace.block_size)
+            size, keys = keyspace.block_size, prompt.keys(keyspace.block_size)
+            if not keys:
+                continue
             # nearly all instances fall out here: what was routed to them does not go on where they end
-            ranks = [
-                _Rank(match.instance, match.rank, match.held)
+            ends = [
+                (match.instance, match.held)
                 for match in matches
                 if match.instance in routed and match.held < len(keys) and keys[match.held] in routed[match.instance]
             ]
-            if keys:
-                begun = {match.instance for match in matches}
-                ranks += [
-                    _Rank(instance, None, 0)
-                    for instance, blocks in routed.items()
-                    if keys[0] in blocks and instance not in begun
-                ]
-            if ranks:
-                self._extend(reached, keyspace, keys, ranks, candidates)
+            begun = {match.instance for match in matches}
+            ends += [
+                (instance, 0) for instance, blocks in routed.items() if keys[0] in blocks and instance not in begun
+            ]
+            known = self._index.instances(keyspace) if ends else ()
+            for instance, held in ends:
+                if instance in known and (candidates is None or instance in candidates):
+                    tokens = _end(keys, held, routed[instance]) * size
+                    before = reached.get(instance)
+                    if before is None or tokens > before.tokens:
+                        reached[instance] = Ahead(tokens, size)
         return reached if any_routed else None
 
-    def _extend(
-        self,
-        reached: dict[str, Ahead],
-        keyspace: Keyspace,
-        keys: Sequence[int],
-        ranks: Iterable[_Rank],
-        candidates: Collection[str] | None,
-    ) -> None:
-        known, size = self._index.instances(keyspace), keyspace.block_size
-        routed = self._speculation.instances(keyspace)
-        for rank in ranks:
-            instance = rank.instance
-            if instance not in known or (candidates is not None and instance not in candidates):
-                continue
-            tokens = self._reach(keyspace, keys, routed[instance], rank) * size
-            before = reached.get(instance)
-            if before is None or tokens > before.tokens:
-                reached[instance] = Ahead(tokens, size)
 
-    def _reach(self, keyspace: Keyspace, keys: Sequence[int], routed: Collection[int], known: _Rank) -> int:
-        """Leading blocks of the prompt, routed or held by one rank."""
-        instance, rank, depth = known
-        for _ in range(MOST_BRIDGES):
-            run = _run(keys, depth, routed)
-            depth += run
-            if not run or depth == len(keys):
-                break
-            rest = keys[depth:]
-            behind = [
-                match
-                for match in self._index.match(keyspace, rest, len(rest) * keyspace.block_size + 1, {instance})
-                if rank in (None, match.rank)
-            ]
-            if not behind:
-                break
-            best = max(behind, key=lambda match: match.held)
-            rank = best.rank
-            depth += best.held
-        return depth
-
-
-def _run(keys: Sequence[int], start: int, blocks: Collection[int]) -> int:
-    """How many keys from this one on are all among the blocks."""
-    end = start
-    while end < len(keys):
-        among = list(map(blocks.__contains__, keys[end : end + _STRIDE]))
-        if False in among:
-            return end + among.index(False) - start
-        end += len(among)
-    return end - start
+def _end(keys: Sequence[int], start: int, blocks: Collection[int]) -> int:
+    """Where the keys from this one on are not all among the blocks any more."""
+    first = next(filterfalse(blocks.__contains__, islice(keys, start, None)), None)
+    return len(keys) if first is None else keys.index(first, start)
