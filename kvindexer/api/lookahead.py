@@ -12,8 +12,8 @@ engines drop the end of a prompt before its beginning.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import filterfalse, islice
 from time import monotonic
 from typing import NamedTuple
 
@@ -74,6 +74,8 @@ class Lookahead:
 
 
 def _end(keys: Sequence[int], start: int, blocks: Collection[int]) -> int:
-    """Where the keys from this one on are not all among the blocks any more."""
-    first = next(filterfalse(blocks.__contains__, islice(keys, start, None)), None)
-    return len(keys) if first is None else keys.index(first, start)
+    """How far the keys reach that were routed, from one on that was.
+
+    A key stands for the whole prompt up to its block, so whoever routed it has routed those before it, too.
+    """
+    return bisect_left(keys, 1, start, key=lambda key: int(key not in blocks))
