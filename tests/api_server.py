@@ -18,14 +18,17 @@ import msgpack  # type: ignore[import-untyped]
 import uvicorn
 import uvloop
 from starlette.types import ASGIApp, Receive, Scope, Send
+from xxhash import xxh3_128_digest
 
 from kvindexer.api.app import create_app
 from kvindexer.api.fleet import InstanceStatus, SourceReport, StoreFigures, StoreProblem
 from kvindexer.api.metrics import Metrics
 from kvindexer.events.sources import Registry
 from kvindexer.index.engine import PyIndex
+from kvindexer.index.seam import Change
 from kvindexer.service import open_texts
 from kvindexer.settings import Settings
+from kvindexer.tiering.changes import ChangeLog
 from kvindexer.tiering.feedback import Accuracy, FeedbackRule, Report
 from kvindexer.types import SourceSpec, SourceType
 
@@ -33,6 +36,26 @@ NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """The tests speak plain HTTP; loading certificates for each of them would take most of their time."""
 
 LIVE = InstanceStatus("live", sound=True, complete=True, lag_ms=0.0, verified_ms=12.5)
+
+
+@dataclass
+class FakeLife:
+    """A stream that loses nothing."""
+
+    epoch: int = 1
+    last_seq: int | None = None
+    sound: bool = True
+    complete: bool = True
+    digests: dict[int, bytes] = field(default_factory=dict)
+
+    def applied_digest(self, seq: int) -> bytes | None:
+        return self.digests.get(seq)
+
+    def take(self, payload: bytes) -> int:
+        """The seq of the next message."""
+        self.last_seq = 0 if self.last_seq is None else self.last_seq + 1
+        self.digests[self.last_seq] = xxh3_128_digest(payload)
+        return self.last_seq
 
 
 @dataclass
@@ -49,6 +72,9 @@ class FakeFleet:
 
     def __post_init__(self) -> None:
         self.registry = Registry()
+        self.leaving = False
+        self.changes = ChangeLog(self.index, 2**20, "fake")
+        self.lives: dict[str, FakeLife] = {}
 
     @property
     def generation(self) -> int:
@@ -65,7 +91,16 @@ class FakeFleet:
         if source is None:
             return False
         self.index.attach(source, spec)
+        self.lives[source] = FakeLife()
+        self.changes.attached(source, spec, self.lives[source])
         return True
+
+    def apply(self, source: str, payload: bytes) -> Change:
+        """A message has come."""
+        life = self.lives[source]
+        change = self.index.apply(source, payload)
+        self.changes.applied(source, life.take(payload), change)
+        return change
 
     def unregister(
         self,
@@ -78,6 +113,7 @@ class FakeFleet:
     ) -> list[SourceSpec]:
         removed = self.registry.unregister(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
         for source, _ in removed:
+            self.changes.forgotten(source)
             self.index.detach(source)
         return [spec for _, spec in removed]
 
@@ -160,7 +196,7 @@ class Api:
 
     def store(self, source: str, tokens: Sequence[int], **fields: Any) -> None:
         """The source has stored the blocks of a prompt."""
-        self.metrics.applied(self.index.apply(source, batch(stored(tokens, **fields))))
+        self.metrics.applied(self.fleet.apply(source, batch(stored(tokens, **fields))))
 
     def post(self, path: str, body: Any) -> Any:
         """The answer to a body, which must be 200 or 201."""

@@ -54,9 +54,9 @@ class Prompt(NamedTuple):
         return [[*names, *([self.salt] if self.salt and block == 0 else [])] or None for block in range(start, end)]
 
 
-def payload(events: Iterable[Event], rank: int | None = None) -> bytes:
+def payload(events: Iterable[Event], rank: int | None = None, *, ts: float = 1.5) -> bytes:
     """One message, as vLLM 0.32 packs it."""
-    packed: bytes = msgpack.packb([1.5, list(events), rank])
+    packed: bytes = msgpack.packb([ts, list(events), rank])
     return packed
 
 

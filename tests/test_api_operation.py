@@ -341,6 +341,7 @@ def test_the_openapi_document_describes_every_route_and_no_other(api: Api) -> No
         "/v1/blocks/locate",
         "/v1/offload/plan",
         "/v1/tiers",
+        "/v1/changes",
         "/v1/sources",
         "/score_completions",
         "/score_chat_completions",

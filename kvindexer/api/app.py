@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from kvindexer import __version__
-from kvindexer.api import feedback, health, heat, locate, plan, rfc_sources, routed, sources, tiers
+from kvindexer.api import changes, feedback, health, heat, locate, plan, rfc_sources, routed, sources, tiers
 from kvindexer.api.body import BodyReader
 from kvindexer.api.errors import error_body, error_headers, internal_error, method_not_allowed
 from kvindexer.api.fleet import Fleet
@@ -163,6 +163,7 @@ def create_app(
         sources.routes(fleet, metrics),
         tiers.routes(fleet),
         heat.routes(heat.HeatViews(index, counts, models)),
+        changes.routes(settings, index, fleet, models),
         health.routes(fleet, metrics),
     )
     for router in routers:
@@ -173,7 +174,14 @@ def create_app(
         _HOT,
         (
             *(BatchPrompt, Registration, Unregistration, locate.Holder),
-            *(*rfc_sources.ANSWERS, *sources.ANSWERS, *tiers.ANSWERS, *heat.ANSWERS, *health.ANSWERS),
+            *(
+                *rfc_sources.ANSWERS,
+                *sources.ANSWERS,
+                *tiers.ANSWERS,
+                *changes.ANSWERS,
+                *heat.ANSWERS,
+                *health.ANSWERS,
+            ),
         ),
     )
     app: ASGIApp = HotRoutes(handlers, calls, rest)

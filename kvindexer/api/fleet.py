@@ -10,6 +10,7 @@ from typing import Protocol
 
 from kvindexer.events.keeping import Stored, StoreFigures, StoreProblem
 from kvindexer.events.status import InstanceStatus, SourceReport
+from kvindexer.tiering.changes import ChangeLog
 from kvindexer.tiering.feedback import Report
 from kvindexer.types import SourceSpec, SourceType
 
@@ -20,6 +21,14 @@ class Fleet(Protocol):
     @property
     def ready(self) -> bool:
         """Whether every source known at start is in sync, or has had its time; once true, true until we leave."""
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the process was told to end."""
+
+    @property
+    def changes(self) -> ChangeLog:
+        """What has changed of late."""
 
     @property
     def generation(self) -> int:

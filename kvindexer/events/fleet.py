@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from secrets import token_hex
 from typing import Protocol
 
 from kvindexer.errors import ConflictError, KvIndexerError, WireError
@@ -29,6 +30,7 @@ from kvindexer.events.subscriber import Subscriber
 from kvindexer.index.seam import Change, Index
 from kvindexer.index.topology import is_store
 from kvindexer.settings import Settings
+from kvindexer.tiering.changes import ChangeLog
 from kvindexer.tiering.feedback import Accuracy, FeedbackRule, Report
 from kvindexer.tiering.media import tier_named
 from kvindexer.tiering.speculative import Speculation
@@ -104,6 +106,8 @@ class LiveFleet:
         self._listing_changes = 0
         self._awaited: set[str] = set()
         self._ready = False
+        self.changes = ChangeLog(self.index, settings.changes_max_bytes, token_hex(8))
+        """What has changed of late, for those who follow it."""
         self.leaving = False
         """The process was told to end; it answers for a while yet, and asks for no more."""
         self._started_at = time.monotonic()
@@ -251,9 +255,11 @@ class LiveFleet:
         def dial() -> None:
             still = self._sources.get(known.source) is known and known.stream is stream
             if still and self._subscriber is not None:
+                self.changes.attached(known.source, known.spec, stream)  # the keeper has loaded it
                 self._subscriber.add(known.source, known.spec, stream)
 
         self.index.attach(known.source, known.spec)
+        self.changes.attached(known.source, known.spec, stream)
         self._keeper.follow(known.source, known.spec, stream, dial)
 
     def unregister(
@@ -292,6 +298,7 @@ class LiveFleet:
             if self._subscriber is not None:
                 self._subscriber.remove(source)
             self._keeper.forget(source)
+            self.changes.forgotten(source)
             self.index.detach(source)
             known = self._sources.pop(source)
             self._by_instance[spec.instance].remove(known)
@@ -468,6 +475,7 @@ class LiveFleet:
         if self._speculation.alive:
             self._confirm(source, change)
         self._consider(known, seq, change)
+        self.changes.applied(source, seq, change)
         self._keeper.applied(source, seq, payload, change)
 
     def _confirm(self, source: str, change: Change) -> None:
@@ -511,6 +519,7 @@ class LiveFleet:
         if any(self.index.stats(source).blocks):
             known.stream.uncertain("entries of an earlier life were kept")
         self._counters.withdrawn(reason, entries)
+        self.changes.withdrawn(source)
         self._keeper.withdrawn(source, reason)
         _log.warning("source %s: %d entries withdrawn (%s)", source, entries, reason)
 

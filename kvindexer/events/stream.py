@@ -154,6 +154,10 @@ class Stream:
         """The seq behind the last applied one."""
         return self._expected
 
+    def applied_digest(self, seq: int) -> bytes | None:
+        """Digest of an applied message of this life, if it was one of the last ones."""
+        return self._digests.get(seq)
+
     @property
     def coverage(self) -> tuple[int, int]:
         """How much of this life was applied: level and first seq.
