@@ -110,9 +110,9 @@ _DESCRIPTION: Final = (
     "A stream of server-sent events: `reset`, `blocks`, `gone`, `position`, `end`; their data are ResetEvent, "
     "BlocksEvent, GoneEvent, PositionEvent and EndEvent.  Without a position, or where it can't be taken up, a "
     "source begins with a `reset` and its whole content in pieces.  To go on where a stream broke off, on any "
-    "replica, give the last `id` as `Last-Event-ID` (browsers do) or as `since`.  What is told of a hash is absolute.  "
-    "Hashes and keys are 64-bit integers, which JavaScript and the like can't read exactly.  Lines that begin with a "
-    "colon are signs of life."
+    "replica, give the last `id` as `Last-Event-ID` (browsers do) or as `since`.  What is told of a hash is "
+    "absolute.  Hashes and keys are 64-bit integers, which JavaScript and the like can't read exactly.  Lines that "
+    "begin with a colon are signs of life."
 )
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"description": "The stream", "content": {"text/event-stream": {"schema": {"type": "string"}}}}

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
@@ -35,7 +35,8 @@ PIECE: Final = 512
 _Family = tuple[str, str, str]
 """Tenant, model and salt: only sources that have them in common can share hashes."""
 _ENTRY_BYTES: Final = 200
-_FEWEST_ORDERED: Final = 1024
+_HASH_BYTES: Final = 8
+_MOST_DEAD: Final = 1024
 _MOST: Final = 2**64 - 1
 _NOTHING_YET: Final = -1
 """The seq before a life's first."""
@@ -105,19 +106,15 @@ Told = Reset | Blocks | Gone
 
 
 _UNFINISHED: Final = Mark(0, 0, b"", 0, exact=False)
-"""Something of the source was told, not all: it begins anew."""
+"""Something of the source was told, and not all since: it begins anew, or is gone."""
 
 
 class TooSlowError(Exception):
     """What a follower should have been told next is not kept any more."""
 
 
-class _Entry(NamedTuple):
-    """What one message may have changed; without a seq: a message of another source."""
-
-    seq: int | None
-    digest: bytes
-    hashes: array[int]
+_Entry = tuple[int | None, bytes, "array[int]"]
+"""A message: its seq, its digest, which hashes it may have changed; without a seq: a message of another source."""
 
 
 class _Ring:
@@ -134,34 +131,51 @@ class _Ring:
         """Number of the first entry that is kept; numbers never start again."""
         self.before: tuple[int, bytes] | None = None
         """The message before that entry."""
-        self.last = (_NOTHING_YET, b"")
+        self._dropped = (_NOTHING_YET, b"")
+        self.dead = 0
+        """Entries that were dropped before it was their turn."""
 
     @property
     def end(self) -> int:
+        """Number of the entry to come."""
         return self.first + len(self.entries)
 
-    def begin(self, generation: int) -> None:
-        """Nothing of what is kept counts any more."""
+    @property
+    def last(self) -> tuple[int, bytes]:
+        """The newest message."""
+        return next(((seq, digest) for seq, digest, _ in reversed(self.entries) if seq is not None), self._dropped)
+
+    def begin(self, generation: int) -> int:
+        """Nothing of what is kept counts any more; returns how many bytes that was."""
+        size = sum(map(_size, self.entries))
         self.generation = generation
         self.first = self.end
+        self.dead += len(self.entries)
         self.entries.clear()
         seq = self.life.last_seq
         digest = b"" if seq is None else self.life.applied_digest(seq) or b""
-        self.before = self.last = (_NOTHING_YET, b"") if seq is None else (seq, digest)
+        self.before = self._dropped = (_NOTHING_YET, b"") if seq is None else (seq, digest)
+        return size
 
-    def drop_first(self) -> _Entry:
-        """The oldest entry is kept no longer."""
+    def drop_first(self) -> int:
+        """The oldest entry is kept no longer; returns how many bytes it was."""
+        if self.dead:
+            self.dead -= 1
+            return 0
         entry = self.entries.popleft()
         self.first += 1
-        self.before = None if entry.seq is None else (entry.seq, entry.digest)
-        return entry
+        seq, digest, _ = entry
+        self.before = None if seq is None else (seq, digest)
+        if seq is not None:
+            self._dropped = (seq, digest)
+        return _size(entry)
 
     def behind(self, mark: Mark) -> int | None:
         """Number of the entry behind a mark; None: the mark is too old, too new or of another life."""
         if self.before is not None and _is_at(mark, *self.before):
             return self.first
-        for number, entry in enumerate(self.entries, self.first + 1):
-            if entry.seq is not None and _is_at(mark, entry.seq, entry.digest):
+        for number, (seq, digest, _) in enumerate(self.entries, self.first + 1):
+            if seq is not None and _is_at(mark, seq, digest):
                 return number
         return None
 
@@ -196,9 +210,8 @@ class ChangeLog:
         self.name = name
         self._max_bytes = max_bytes
         self._rings: dict[str, _Ring] = {}
-        self._order: deque[tuple[_Ring, int]] = deque()
-        """Entries in the order in which they came, some of which are not kept any more."""
-        self._entries = 0
+        self._order: deque[_Ring] = deque()
+        """Whose the entries are, in the order in which they came; the first ones of a ring may be dead."""
         self._bytes = 0
         self._generations = 0
         self._followers: list[Follower] = []
@@ -224,15 +237,26 @@ class ChangeLog:
         ring = self._rings.get(source)
         if ring is None:
             return
-        digest = ring.life.applied_digest(seq) or b""
-        ring.last = (seq, digest)
-        self._append(ring, _Entry(seq, digest, change.touched))
-        for name, hashes in change.touched_of.items():
+        touched, touched_of = change.touched, change.touched_of
+        ring.entries.append((seq, ring.life.applied_digest(seq) or b"", touched))
+        self._order.append(ring)
+        self._bytes += _ENTRY_BYTES + _HASH_BYTES * len(touched)
+        if self._followers:
+            self._tell(ring)
+        if touched_of:
+            self._applied_to_others(touched_of)
+        while self._bytes > self._max_bytes:
+            self._bytes -= self._order.popleft().drop_first()
+
+    def _applied_to_others(self, touched_of: Mapping[str, array[int]]) -> None:
+        for name, hashes in touched_of.items():
             other = self._rings.get(name)
             if other is not None:
-                self._append(other, _Entry(None, b"", hashes))
-        while self._bytes > self._max_bytes:
-            self._drop_oldest()
+                entry = (None, b"", hashes)
+                other.entries.append(entry)
+                self._order.append(other)
+                self._bytes += _size(entry)
+                self._tell(other)
 
     def withdrawn(self, source: str) -> None:
         """Entries of a source were dropped because they may be gone."""
@@ -245,7 +269,7 @@ class ChangeLog:
         ring = self._rings.pop(source, None)
         if ring is not None:
             self._stores[_family(ring.spec)] -= is_store(ring.spec)
-            self._clear(ring)
+            self._bytes -= ring.begin(0)
             for follower in self._followers:
                 follower.lost(source)
 
@@ -273,37 +297,26 @@ class ChangeLog:
         sure = ring.life.sound and ring.life.complete and not self.index.truncated(ring.source)
         return sure and not self._shares_hashes(ring)
 
-    # Bounds
-
     def _begin(self, ring: _Ring) -> None:
-        self._clear(ring)
         self._generations += 1
-        ring.begin(self._generations)
+        self._bytes -= ring.begin(self._generations)
+        self._tell(ring)
+        if len(self._order) > _MOST_DEAD + 2 * sum(len(each.entries) for each in self._rings.values()):
+            self._bury()
+
+    def _bury(self) -> None:
+        """Leave out what is dead: it would stay until the bound is reached."""
+        kept: deque[_Ring] = deque()
+        for ring in self._order:
+            if ring.dead:
+                ring.dead -= 1
+            else:
+                kept.append(ring)
+        self._order = kept
+
+    def _tell(self, ring: _Ring) -> None:
         for follower in self._followers:
             follower.changed(ring)
-
-    def _clear(self, ring: _Ring) -> None:
-        self._entries -= len(ring.entries)
-        self._bytes -= sum(map(_size, ring.entries))
-        ring.first = ring.end
-        ring.entries.clear()
-
-    def _append(self, ring: _Ring, entry: _Entry) -> None:
-        self._order.append((ring, ring.end))
-        ring.entries.append(entry)
-        self._entries += 1
-        self._bytes += _size(entry)
-        if len(self._order) > 2 * self._entries + _FEWEST_ORDERED:
-            self._order = deque((ring, number) for ring, number in self._order if number >= ring.first)
-        if self._followers:
-            for follower in self._followers:
-                follower.changed(ring)
-
-    def _drop_oldest(self) -> None:
-        ring, number = self._order.popleft()
-        if number >= ring.first:
-            self._bytes -= _size(ring.drop_first())
-            self._entries -= 1
 
     def _shares_hashes(self, ring: _Ring) -> bool:
         return self._stores[_family(ring.spec)] > 0
@@ -376,7 +389,7 @@ class Follower:
     @property
     def position(self) -> Position:
         """Where to go on from what was told so far."""
-        marks = dict.fromkeys(self._holds, _UNFINISHED)
+        marks = dict.fromkeys((*self._holds, *self._gone), _UNFINISHED)
         for source, cursor in self._cursors.items():
             ring = self._log.rings.get(source)
             if ring is not None and ring.generation == cursor.generation:
@@ -406,10 +419,11 @@ class Follower:
                 continue
             hashes: dict[int, None] = {}
             for entry in islice(ring.entries, cursor.at - ring.first, None):
-                hashes.update(dict.fromkeys(entry.hashes))
+                seq, digest, touched = entry
+                hashes.update(dict.fromkeys(touched))
                 cursor.at += 1
-                if entry.seq is not None:
-                    cursor.last = (entry.seq, entry.digest)
+                if seq is not None:
+                    cursor.last = (seq, digest)
                 if len(hashes) >= PIECE:
                     break
             if hashes:
@@ -471,7 +485,7 @@ def _is_at(mark: Mark, seq: int, digest: bytes) -> bool:
 
 
 def _size(entry: _Entry) -> int:
-    return _ENTRY_BYTES + len(entry.hashes) * entry.hashes.itemsize
+    return _ENTRY_BYTES + _HASH_BYTES * len(entry[2])
 
 
 def _seq(seq: int) -> int | None:
