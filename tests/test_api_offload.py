@@ -321,6 +321,19 @@ def test_a_rank_of_its_own(api: Api) -> None:
     assert advice(api) == [("offload", "own_copies_only")]
 
 
+def test_hot_blocks_are_offloaded_before_they_go(api: Api) -> None:
+    api.store(api.add("pod-a"), PROMPT)
+    api.store(api.add("pod-b"), PROMPT, first=5)
+    assert plan(api)[0]["heat"] == 0.0
+    for _ in range(20):
+        api.post("/v1/match", {"model": "m", "tokens": PROMPT})
+    (block,) = plan(api)
+    assert block["heat"] > 1
+    assert (block["advice"], block["reason"]) == ("offload", "hot")
+    assert advice(api, tier="remote") == [("keep", "hot")]
+    assert advice(api, hot_from=1e6) == [("drop", "other_holder")]
+
+
 @pytest.mark.parametrize(
     ("fields", "status"),
     [
