@@ -232,7 +232,7 @@ class Settings(BaseSettings):
         description="Seconds after which a question counts half in the heat of its blocks.",
     )
     heat_blocks_per_s: Count = Field(
-        default=50_000,
+        default=30_000,
         description="Most blocks of questions counted a second; past it prompts are left out and estimated.",
     )
 

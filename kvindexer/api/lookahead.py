@@ -41,28 +41,29 @@ class Lookahead:
     def ahead(
         self, found: Iterable[Found], prompt: Prompt, candidates: Collection[str] | None
     ) -> dict[str, Ahead] | None:
-        """Instances that get further than what they hold; None: no prompt of these keyspaces is on its way."""
+        """Instances that get further than what they hold; None: none of them."""
         self._speculation.expire(self._clock())
         reached: dict[str, Ahead] = {}
-        any_routed = False
         for keyspace, matches in found:
             routed = self._speculation.instances(keyspace)
             if not routed:
                 continue
-            any_routed = True
             size, keys = keyspace.block_size, prompt.keys(keyspace.block_size)
             if not keys:
                 continue
-            # nearly all instances fall out here: what was routed to them does not go on where they end
-            ends = [
-                (match.instance, match.held)
-                for match in matches
-                if match.instance in routed and match.held < len(keys) and keys[match.held] in routed[match.instance]
-            ]
-            begun = {match.instance for match in matches}
-            ends += [
-                (instance, 0) for instance, blocks in routed.items() if keys[0] in blocks and instance not in begun
-            ]
+            # nearly all questions or instances fall out here: what was routed does not go on where they end
+            anybody = self._speculation.by_anybody(keyspace)
+            depths = {match.held for match in matches if match.held < len(keys)}
+            depths = {depth for depth in depths if keys[depth] in anybody}
+            ends = [(match.instance, match.held) for match in matches if match.held in depths] if depths else []
+            ends = [(instance, held) for instance, held in ends if keys[held] in routed.get(instance, ())]
+            if keys[0] in anybody:
+                begun = {match.instance for match in matches}
+                ends += [
+                    (instance, 0)
+                    for instance, blocks in routed.items()
+                    if instance not in begun and keys[0] in blocks
+                ]
             known = self._index.instances(keyspace) if ends else ()
             for instance, held in ends:
                 if instance in known and (candidates is None or instance in candidates):
@@ -70,7 +71,7 @@ class Lookahead:
                     before = reached.get(instance)
                     if before is None or tokens > before.tokens:
                         reached[instance] = Ahead(tokens, size)
-        return reached if any_routed else None
+        return reached or None
 
 
 def _end(keys: Sequence[int], start: int, blocks: Collection[int]) -> int:

@@ -178,7 +178,7 @@ class RowMaker:
     ) -> Rows:
         """Rows of instances that hold something, then of those that will soon, then of listed ones that don't.
 
-        All of them must meet the requirements.  `ahead`: prompts are on their way, and how far these instances get.
+        All of them must meet the requirements.  `ahead`: how far instances get with prompts that are on their way.
         """
         entries = self._entries(found, ranking)
         holding = {entry[1] for entry in entries}

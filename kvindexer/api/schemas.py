@@ -231,7 +231,7 @@ class Match(msgspec.Struct, gc=False):
             int,
             Meta(
                 description="Leading tokens when prompts told to /v1/routed count as held too, of which no event has "
-                "come yet; there only while such prompts of the model are on their way."
+                "come yet; there only if that brings any instance further."
             ),
         ]
         | msgspec.UnsetType

@@ -45,6 +45,8 @@ class Speculation:
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
         self._held: dict[Keyspace, dict[str, dict[int, _Routing]]] = {}
+        self._by_anybody: dict[Keyspace, dict[int, int]] = {}
+        """How many instances each block is on its way to; so that most questions end with one look."""
         self._routings: dict[_Name, _Routing] = {}
         self._ends: list[tuple[_Order, _Routing]] = []
         """A heap with one entry a routing, at the end that it had when it was put there."""
@@ -94,9 +96,13 @@ class Speculation:
         else:
             order = routing.order = max(routing.order, order)
         held = self._held.setdefault(keyspace, {}).setdefault(instance, {})
+        by_anybody = self._by_anybody.setdefault(keyspace, {})
         for key in routing.keys:
             other = held.get(key)
-            if other is None or other.order < order:
+            if other is None:
+                by_anybody[key] = by_anybody.get(key, 0) + 1
+                held[key] = routing
+            elif other.order < order:
                 held[key] = routing
         return len(keys)
 
@@ -115,35 +121,37 @@ class Speculation:
         del self._routings[routing.name]
         self.references -= len(routing.keys)
         held = self._held.get(routing.place[0], {}).get(routing.place[1], {})
-        before = len(held)
-        for key in routing.keys:
-            if held.get(key) is routing:
-                del held[key]
-        gone = before - len(held)
+        gone = self._drop(routing.place, [key for key in routing.keys if held.get(key) is routing])
         if reason == "expired":
             self.expired += gone
         else:
             self.made_room += gone
-        self._tidy(routing.place)
 
     def confirm(self, keyspace: Keyspace, instance: str, keys: Iterable[int]) -> None:
         """Events of the instance have spoken of these blocks: what it holds of them is the index's to say."""
-        held = self._held.get(keyspace, {}).get(instance)
-        if held is None:
-            return
-        before = len(held)
-        for key in keys:
-            held.pop(key, None)
-        self.confirmed += before - len(held)
-        self._tidy((keyspace, instance))
+        self.confirmed += self._drop((keyspace, instance), keys)
 
-    def _tidy(self, place: _Place) -> None:
+    def _drop(self, place: _Place, keys: Iterable[int]) -> int:
+        """Forget these blocks of an instance; returns how many there were."""
         keyspace, instance = place
-        instances = self._held.get(keyspace)
-        if instances is not None and not instances.get(instance):
-            instances.pop(instance, None)
+        instances = self._held.get(keyspace, {})
+        held = instances.get(instance)
+        if held is None:
+            return 0
+        by_anybody, before = self._by_anybody[keyspace], len(held)
+        for key in keys:
+            if held.pop(key, None) is not None:
+                others = by_anybody[key] - 1
+                if others:
+                    by_anybody[key] = others
+                else:
+                    del by_anybody[key]
+        gone = before - len(held)
+        if not held:
+            del instances[instance]
             if not instances:
-                del self._held[keyspace]
+                del self._held[keyspace], self._by_anybody[keyspace]
+        return gone
 
     def awaits(self, instance: str) -> bool:
         """Whether any block of the instance waits for its event; cheap."""
@@ -152,3 +160,7 @@ class Speculation:
     def instances(self, keyspace: Keyspace) -> Mapping[str, Collection[int]]:
         """Instances with speculative blocks, and the keys of those."""
         return self._held.get(keyspace, {})
+
+    def by_anybody(self, keyspace: Keyspace) -> Collection[int]:
+        """Blocks that are on their way to any instance."""
+        return self._by_anybody.get(keyspace, {})
