@@ -11,7 +11,8 @@ KvIndexerError
 │   ├── PromptRefusedError       422: the model's tokenizer or chat template can't make tokens of this prompt
 │   └── TokenizerFailedError     503: there is a tokenizer, and it has no answer now
 ├── StoreError               Redis could not be asked, or refused; has a reason and a hint
-└── TraceError               a recording or trace file that can't be read: file, line and what was expected
+├── TraceError               a recording or trace file that can't be read: file, line and what was expected
+└── client.ClientError       asking a service from Python went wrong; its tree stands in `client/errors`
 
 A `WireError` is the peer's fault, a `RequestError` the caller's, a `SettingsError` the operator's.
 A `StoreError` is never a caller's trouble: queries are answered from memory.

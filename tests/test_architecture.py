@@ -65,6 +65,21 @@ def test_only_the_composition_root_knows_everybody() -> None:
         assert not any(name.startswith("kvindexer.api") for name in imports(path)), path
 
 
+def test_the_client_knows_nothing_of_what_answers_it() -> None:
+    """It takes from the core how blocks are named, and nothing else; the service doesn't take anything from it."""
+    allowed = ("kvindexer.client", "kvindexer.errors", "kvindexer.types", "kvindexer.tokenization.")
+    for path in (PACKAGE / "client").glob("*.py"):
+        for name in imports(path):
+            top = name.split(".")[0]
+            if top == "kvindexer":
+                assert name.startswith(allowed), f"{path.name} imports {name}"
+            else:
+                assert top in {"httpx", "msgspec"} | sys.stdlib_module_names, f"{path.name} imports {name}"
+    for path in PACKAGE.rglob("*.py"):
+        if "client" not in path.relative_to(PACKAGE).parts[:1]:
+            assert not any(name.startswith("kvindexer.client") for name in imports(path)), path
+
+
 def test_the_architecture_page_is_the_one_that_the_code_draws() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     render = runpy.run_path(str(ROOT / "scripts" / "architecture-page"))["rendered"]

@@ -1,0 +1,679 @@
+"""kvindexer.client against a real server, blocking and with asyncio: every method, and whatever goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any, assert_type
+
+import msgspec
+import pytest
+
+from api_server import Api, serving
+from kvindexer.api import (
+    feedback,
+    health,
+    heat,
+    keys,
+    locate,
+    match,
+    plan,
+    registration,
+    rfc_sources,
+    routed,
+    schemas,
+    sources,
+)
+from kvindexer.client import (
+    AsyncClient,
+    BadAnswerError,
+    Chat,
+    Client,
+    ClientError,
+    InvalidRequestError,
+    Keys,
+    MatchAnswer,
+    MultimodalItem,
+    NotFoundError,
+    RefusedError,
+    SourceSpec,
+    Text,
+    TimedOutError,
+    Tokens,
+    UnavailableError,
+    UnreachableError,
+    answers,
+    calls,
+    exchange,
+)
+from kvindexer.client.exchange import Again
+from kvindexer.client.methods import Method, Methods
+from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
+from kvindexer.types import SOURCE_TYPES
+from tokenizing import ids, make_tokenizer
+
+PROMPT = list(range(100, 140))
+"""Ten blocks of 4 tokens."""
+KEYS = list(prompt_keys(pack_tokens(PROMPT), 4))
+HASHES = [1000 + number for number in range(10)]
+SERVICE = {
+    kind.__name__: kind
+    for module in (feedback, health, heat, keys, locate, match, plan, rfc_sources, routed, schemas, sources)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+}
+STRUCTS = [kind for kind in vars(answers).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+ASKED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str, Any]] = {
+    "match": (
+        ("m", Tokens(PROMPT)),
+        {"candidates": ("pod-b", "pod-a", "pod-x"), "by_rank": True},
+        "/v1/match",
+        {"model": "m", "tokens": PROMPT, "candidates": ["pod-b", "pod-a", "pod-x"], "by_rank": True},
+    ),
+    "match_batch": (
+        ("m", [Tokens(PROMPT), Keys(KEYS[:2]), Tokens([1])]),
+        {"top_k": 1, "weights": {"cpu": 0.5}},
+        "/v1/match/batch",
+        {
+            "model": "m",
+            "prompts": [{"tokens": PROMPT}, {"keys": KEYS[:2]}, {"tokens": [1]}],
+            "top_k": 1,
+            "weights": {"cpu": 0.5},
+        },
+    ),
+    "keys": (("m", Tokens(PROMPT, lora="l")), {}, "/v1/keys", {"model": "m", "tokens": PROMPT, "lora": "l"}),
+    "routed": (
+        ("m", "pod-b", Keys(KEYS)),
+        {"ttl_s": 9.0},
+        "/v1/routed",
+        {"model": "m", "instance": "pod-b", "keys": KEYS, "ttl_s": 9.0},
+    ),
+    "feedback": (
+        ("pod-a", 40, 24),
+        {"request_id": "r"},
+        "/v1/feedback",
+        {"instance": "pod-a", "predicted_tokens": 40, "cached_tokens": 24},
+    ),
+    "locate": (
+        ("m",),
+        {"hashes": HASHES, "instance": "pod-a", "near": "pod-b"},
+        "/v1/blocks/locate",
+        {"model": "m", "hashes": HASHES, "instance": "pod-a", "near": "pod-b"},
+    ),
+    "offload_plan": (
+        ("pod-a", "gpu", [*HASHES, b"\1\2\3\4\5\6\7\x08"]),
+        {"hot_from": 5.0},
+        "/v1/offload/plan",
+        {"instance": "pod-a", "tier": "gpu", "hashes": [*HASHES, "0102030405060708"], "hot_from": 5.0},
+    ),
+    "heat_prefixes": (("m",), {"top": 3}, "/v1/heat/prefixes?model=m&top=3", None),
+    "heat_single": (("m",), {}, "/v1/heat/single?model=m", None),
+    "heat_prewarm": (("m", "pod b"), {}, "/v1/heat/prewarm?model=m&instance=pod+b", None),
+    "sources": ((), {"instance": "pod-a"}, "/v1/sources?instance=pod-a", None),
+    "ready": ((), {}, "/ready", None),
+    "register": (
+        (SourceSpec(instance="pod-a", model="m", block_size=4, endpoint="tcp://pod-a:5557"),),
+        {},
+        "/register",
+        {"instance_id": "pod-a", "modelname": "m", "block_size": 4, "endpoint": "tcp://pod-a:5557"},
+    ),
+    "unregister": (("pod-c",), {"rank": 1}, "/unregister", {"instance_id": "pod-c", "dp_rank": 1}),
+}
+"""Method -> what it is given; path and body of the same request, GET without one."""
+
+
+class Flavour:
+    """Calls methods of either client, and waits."""
+
+    def __init__(self, kind: type[Client | AsyncClient]) -> None:
+        self._kind = kind
+        self._runner = asyncio.Runner()
+        self._opened: list[Client | AsyncClient] = []
+
+    def open(self, url: str, **options: Any) -> Client | AsyncClient:
+        client = self._kind(url, **options)
+        self._opened.append(client)
+        return client
+
+    def call(self, client: Client | AsyncClient, name: str, *args: Any, **named: Any) -> Any:
+        answer = getattr(client, name)(*args, **named)
+        return self._runner.run(answer) if isinstance(client, AsyncClient) else answer
+
+    def close(self) -> None:
+        for client in self._opened:
+            self.call(client, "close")
+        self._runner.close()
+
+
+@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
+def flavour(request: pytest.FixtureRequest) -> Iterator[Flavour]:
+    with closing(Flavour(request.param)) as made:
+        yield made
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    with serving() as running:
+        running.store(running.add("pod-a"), PROMPT)
+        running.store(running.add("pod-b"), PROMPT[:12])
+        running.store("tcp://pod-b:5557", PROMPT[:20], medium="CPU")
+        yield running
+
+
+@pytest.fixture
+def ask(api: Api, flavour: Flavour) -> Callable[..., Any]:
+    """A method of a client of the service."""
+    client = flavour.open(url_of(api))
+
+    def asked(name: str, *args: Any, **named: Any) -> Any:
+        return flavour.call(client, name, *args, **named)
+
+    return asked
+
+
+def url_of(api: Api) -> str:
+    return f"http://127.0.0.1:{api.address[1]}"
+
+
+def methods() -> set[str]:
+    return {name for name, value in vars(Methods).items() if isinstance(value, Method)}
+
+
+# What it asks and answers
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_a_method_answers_what_its_route_answers(api: Api, ask: Callable[..., Any], name: str) -> None:
+    args, named, path, body = ASKED[name]
+    if name == "unregister":
+        api.add("pod-c", rank=1)
+    for _ in range(3):
+        api.post("/v1/match", {"model": "m", "tokens": PROMPT})  # some heat
+    answer = ask(name, *args, **named)
+    if name == "unregister":
+        api.add("pod-c", rank=1)
+    response = api.client.post(path, json=body) if body is not None else api.client.get(path)
+    plain = msgspec.convert(response.json(), type(answer))
+    for changing in ("queries", "asked_per_minute", "heat", "error_per_minute"):
+        answer, plain = without(answer, changing), without(plain, changing)
+    assert answer == plain
+
+
+def without(value: Any, field: str) -> Any:
+    """The value as plain data, but for a figure that changes with time."""
+    data = msgspec.to_builtins(value)
+    if isinstance(data, dict):
+        return {name: without(inner, field) for name, inner in data.items() if name != field}
+    return [without(inner, field) for inner in data] if isinstance(data, list) else data
+
+
+def test_answers_are_typed_and_frozen(api: Api) -> None:
+    with Client(url_of(api)) as client:
+        answer = assert_type(client.match("m", Tokens(PROMPT), top_k=1), MatchAnswer)
+        assert assert_type(client.keys("m", Tokens(PROMPT)).keys, list[int]) == KEYS
+        with pytest.raises(AttributeError):
+            answer.model = "n"  # type: ignore[misc]
+    assert [(row.instance, row.cached_tokens, row.speculative_tokens) for row in answer.matches] == [
+        ("pod-a", 36, None)
+    ]
+
+    async def asynchronous() -> None:
+        async with AsyncClient(url_of(api)) as client:
+            assert assert_type(await client.match("m", Tokens(PROMPT), top_k=1), MatchAnswer) == answer
+            both = await asyncio.gather(client.ready(), client.sources())
+            assert both[0].ready
+            assert len(both[1].sources) == 2
+
+    asyncio.run(asynchronous())
+
+
+def test_called_on_no_client_a_method_is_the_call(api: Api) -> None:
+    call = Client.match("m", Tokens(PROMPT))
+    assert call == calls.match("m", Tokens(PROMPT))
+    with Client(url_of(api)) as client:
+        assert client.send(call).matches[0].instance == "pod-a"
+
+
+@pytest.mark.parametrize("kind", STRUCTS, ids=lambda kind: kind.__name__)
+def test_structs_of_answers_have_fields_of_the_services_own(kind: type[msgspec.Struct]) -> None:
+    """They can't be the same: the service's stand beside routes, which import a server."""
+    service = {field.encode_name: field for field in msgspec.structs.fields(SERVICE[kind.__name__])}
+    for field in msgspec.structs.fields(kind):
+        assert field.encode_name in service
+        assert service[field.encode_name].required or not field.required, f"{field.name} may be left out"
+
+
+def test_every_field_of_a_source_is_registered() -> None:
+    values: dict[str, Any] = {
+        "instance": "i",
+        "model": "m",
+        "block_size": 4,
+        "endpoint": "tcp://h:1",
+        "replay": "tcp://h:2",
+        "rank": 3,
+        "type": SOURCE_TYPES[1],
+        "tenant": "t",
+        "topic": "kv",
+        "lora": "l",
+        "additional_salt": "s",
+        "tier": "cpu",
+        "readers": (),
+        "report_mode": "full",
+        "offload_blocks_per_chunk": 2,
+        "offload_connector": True,
+        "speculative_blocks": 1,
+        "clear_lower_tiers": True,
+        "durable_tiers": ("disk",),
+        "aliases": ("a",),
+        "block_bytes": 9,
+    }
+    spec = SourceSpec(**values)
+    assert set(values) == set(SourceSpec.__dataclass_fields__)
+    body = calls.register(spec).body
+    assert body is not None
+    assert registration.source_of(msgspec.json.decode(body, type=registration.Registration)) == spec
+
+
+def test_registered_and_forgotten(api: Api, ask: Callable[..., Any]) -> None:
+    spec = SourceSpec(instance="pod-z", model="z", block_size=8, endpoint="tcp://pod-z:5557", aliases=("z.local",))
+    assert ask("register", spec).instance_id == "pod-z"
+    assert [(entry.instance, entry.block_size) for entry in ask("sources", model="z").sources] == [("pod-z", 8)]
+    assert ask("match", "z", Tokens(PROMPT), candidates=["z.local"]).matches[0].candidate == "z.local"
+    assert ask("unregister", "pod-z", model="z").removed_instances == ["pod-z|default|0"]
+    assert spec not in api.fleet.specs()
+
+
+def test_not_being_ready_is_an_answer(api: Api, ask: Callable[..., Any]) -> None:
+    assert ask("ready").ready
+    api.fleet.ready = False
+    assert not ask("ready").ready
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        {},
+        {"lora": "l"},
+        {"cache_salt": "s"},
+        {"multimodal": [MultimodalItem("h", 3, 9)], "lora": "l", "cache_salt": "s"},
+        {"lora": "", "cache_salt": ""},
+    ],
+    ids=str,
+)
+def test_keys_that_are_hashed_here_are_those_of_the_service(ask: Callable[..., Any], extras: dict[str, Any]) -> None:
+    prompt = Tokens([*PROMPT, 7], **extras)
+    answer = ask("keys", "m", prompt)
+    assert answer.prompt() == prompt.hashed(4)
+    assert ask("match", "m", prompt.hashed(4)) == ask("match", "m", prompt)
+    assert ask("match_batch", "m", [prompt.hashed(4)]).results[0].tokens == 41
+
+
+def test_keys_name_the_block_size_that_they_were_made_for(api: Api, ask: Callable[..., Any]) -> None:
+    api.add("pod-e", block_size=8)
+    prompt = Tokens(PROMPT)
+    assert [row.instance for row in ask("match", "m", prompt.hashed(4)).matches] == ["pod-a", "pod-b"]
+    assert not ask("match", "m", prompt.hashed(8)).matches
+    assert ask("routed", "m", "pod-e", prompt.hashed(8)).speculative_tokens == 40
+    assert ask("match_batch", "m", [prompt.hashed(4)]).results[0].error is None
+    with pytest.raises(RefusedError):
+        ask("match", "m", Keys(KEYS))
+
+
+def test_prompts_as_text(tmp_path: Path, flavour: Flavour) -> None:
+    with serving(tokenizers={"m": {"path": str(make_tokenizer(tmp_path))}}) as api:
+        words = "the quick brown fox jumps over"
+        api.store(api.add("pod-a"), ids(f"<s> {words}"))
+        client = flavour.open(url_of(api))
+        assert flavour.call(client, "match", "m", Text(words)).matches[0].matched_tokens == 4
+        chat = Chat([{"role": "user", "content": words}], add_generation_prompt=True)
+        assert flavour.call(client, "keys", "m", chat).tokens == len(ids(f"<s> user {words} </s> assistant"))
+
+
+def test_token_ids_come_as_numbers_or_packed() -> None:
+    assert Tokens(range(5)) == Tokens(pack_tokens(range(5)))
+    assert len(Tokens(range(5))) == 5
+    assert Keys([-1, 1]) == Keys([2**64 - 1, 1])
+    assert Keys(Keys(KEYS).packed) == Keys(KEYS)
+    assert len(Keys(KEYS)) == 10
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**32], ["7"], [1.5], b"123", [None]], ids=str)
+def test_what_can_not_be_token_ids_is_refused_at_once(ids: Any) -> None:
+    with pytest.raises(ValueError, match="token ids"):
+        Tokens(ids)
+
+
+def test_prompts_are_in_no_repr() -> None:
+    """P9."""
+    prompts = (
+        Tokens([4711], cache_salt="Zanzibar"),
+        Keys([4711]),
+        Text("Zanzibar 4711", cache_salt="Zanzibar"),
+        Chat([{"role": "user", "content": "Zanzibar 4711"}], tools=[{"name": "Zanzibar"}], cache_salt="Zanzibar"),
+    )
+    assert not any("Zanzibar" in repr(prompt) or "4711" in repr(prompt) for prompt in prompts)
+
+
+# What goes wrong
+
+
+@contextmanager
+def answering(*replies: bytes | Callable[[BaseHTTPRequestHandler], None]) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that answers requests with these bytes in turn, the last ones for ever; and what it was asked."""
+    asked: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle_one_request(self) -> None:
+            self.raw_requestline = self.rfile.readline(65537)
+            if not self.raw_requestline or not self.parse_request():
+                self.close_connection = True
+                return
+            asked.append(self.rfile.read(int(self.headers.get("content-length", 0))))
+            said = replies[min(len(asked), len(replies)) - 1]
+            self.close_connection = True
+            if callable(said):
+                said(self)
+            else:
+                self.wfile.write(said)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def reply(status: int, body: bytes, *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status} Said", f"content-length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+READY = reply(200, b'{"ready": true}')
+NO_SOURCES = reply(200, b'{"sources": [], "totals": {"events": 0, "queries": 0, "blocks": 0}}')
+BUSY = b'{"error": {"code": "overloaded", "message": "too many", "hint": "later"}}'
+
+
+@pytest.mark.parametrize(
+    ("args", "kind", "code"),
+    [
+        (("match", "unheard-of", Tokens(PROMPT)), NotFoundError, "unknown_model"),
+        (("routed", "m", "pod-x", Tokens(PROMPT)), NotFoundError, "unknown_instance"),
+        (("feedback", "pod-x", 1, 1), NotFoundError, "unknown_instance"),
+        (("unregister", "pod-x"), NotFoundError, "unknown_instance"),
+        (("offload_plan", "pod-x", "gpu", HASHES), NotFoundError, "unknown_instance"),
+        (("heat_prefixes", "unheard-of"), NotFoundError, "unknown_model"),
+        (("match", "m", Text("why?")), InvalidRequestError, "no_tokenizer"),
+        (("keys", "m", Tokens(PROMPT, multimodal=[MultimodalItem("h", 0, 0)])), InvalidRequestError, None),
+        (("offload_plan", "pod-a", "attic", HASHES), InvalidRequestError, "invalid_request"),
+    ],
+)
+def test_what_the_service_refuses(
+    ask: Callable[..., Any], args: tuple[Any, ...], kind: type[RefusedError], code: str | None
+) -> None:
+    with pytest.raises(kind) as caught:
+        ask(*args)
+    error = caught.value
+    assert type(error) is kind
+    assert code in (None, error.code)
+    assert 400 <= error.status < 500
+    assert error.message
+    assert error.message in str(error)
+
+
+def test_too_much_is_refused_with_the_setting_that_limits_it(flavour: Flavour) -> None:
+    with serving(max_prompt_tokens=8) as api:
+        api.add("pod-a")
+        with pytest.raises(InvalidRequestError) as caught:
+            flavour.call(flavour.open(url_of(api)), "match", "m", Tokens(PROMPT))
+    assert (caught.value.status, caught.value.code) == (413, "too_large")
+    assert "max_prompt_tokens" in caught.value.hint
+
+
+def test_nobody_listens(flavour: Flavour) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(UnreachableError) as caught:
+        flavour.call(flavour.open(url), "ready")
+    assert url in str(caught.value)
+    assert caught.value.code == "unreachable"
+    assert caught.value.hint
+
+
+def test_a_service_that_comes_up_meanwhile_is_asked_again(flavour: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second try of a refused connection finds it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    opened: list[socket.socket] = []
+
+    def serve_ready() -> None:
+        connection, _ = opened[0].accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(READY)
+
+    def again(*outcome: Any) -> Again | None:
+        opened.append(socket.create_server(("127.0.0.1", port)))
+        threading.Thread(target=serve_ready, daemon=True).start()
+        return exchange.again(*outcome)
+
+    monkeypatch.setattr("kvindexer.client.clients.again", again)
+    assert flavour.call(flavour.open(f"http://127.0.0.1:{port}"), "ready").ready
+    opened[0].close()
+
+
+def test_503_is_tried_once_more_after_the_pause_that_it_asks_for(flavour: Flavour) -> None:
+    with answering(reply(503, BUSY, "retry-after: 0"), NO_SOURCES) as (url, asked):
+        assert flavour.call(flavour.open(url), "sources").sources == []
+        assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "tries"),
+    [
+        ([], {}, 2),
+        (["retry-after: 3600"], {}, 1),
+        (["retry-after: soon"], {}, 2),
+        (["retry-after: 1"], {"timeout_s": 0.5}, 1),
+        ([], {"retry": False}, 1),
+    ],
+    ids=str,
+)
+def test_503_in_the_end(flavour: Flavour, said: list[str], options: dict[str, Any], tries: int) -> None:
+    with answering(reply(503, BUSY, *said)) as (url, asked):
+        with pytest.raises(UnavailableError) as caught:
+            flavour.call(flavour.open(url, **options), "sources")
+        assert len(asked) == tries
+    error = caught.value
+    assert (error.status, error.code, error.message, error.hint) == (503, "overloaded", "too many", "later")
+
+
+@pytest.mark.parametrize("status", [400, 404, 500, 502])
+def test_nothing_else_is_tried_again(flavour: Flavour, status: int) -> None:
+    with answering(reply(status, b"<html>proxy</html>")) as (url, asked):
+        with pytest.raises(RefusedError) as caught:
+            flavour.call(flavour.open(url), "sources")
+        assert len(asked) == 1
+    assert (caught.value.status, caught.value.code) == (status, f"status_{status}")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        reply(200, b"<html>hello</html>"),
+        reply(200, b""),
+        reply(200, b'{"sources": 7}'),
+        reply(200, b"[" * 100_000),
+        reply(200, b"\xff\xfe"),
+        reply(302, b"", "location: http://127.0.0.1:1/"),
+        reply(200, b"x" * 2000),
+        b"no HTTP at all\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nshort",
+    ],
+    ids=lambda said: repr(said[:60]),
+)
+def test_garbage_is_a_bad_answer(flavour: Flavour, said: bytes) -> None:
+    with answering(said) as (url, asked):
+        with pytest.raises(BadAnswerError) as caught:
+            flavour.call(flavour.open(url, max_answer_bytes=1000), "sources")
+        assert len(asked) == 1
+    assert caught.value.code == "bad_answer"
+
+
+def test_msgpack_routes_take_no_json_for_an_answer(flavour: Flavour) -> None:
+    with answering(READY) as (url, _), pytest.raises(BadAnswerError):
+        flavour.call(flavour.open(url), "match", "m", Tokens(PROMPT))
+
+
+def test_an_error_that_is_none_of_ours_where_503_is_an_answer(flavour: Flavour) -> None:
+    with answering(reply(503, b"no backend")) as (url, _), pytest.raises(UnavailableError):
+        flavour.call(flavour.open(url), "ready")
+
+
+def silent(_: BaseHTTPRequestHandler) -> None:
+    sleep(1.0)
+
+
+def dripping(handler: BaseHTTPRequestHandler) -> None:
+    """Every byte is in time, the whole is not."""
+    try:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+        for _ in range(1000):
+            handler.wfile.write(b" ")
+            sleep(0.02)
+    except OSError:
+        pass
+
+
+@pytest.mark.parametrize("said", [silent, dripping])
+def test_a_call_ends_when_its_time_is_over(flavour: Flavour, said: Callable[[BaseHTTPRequestHandler], None]) -> None:
+    with answering(said) as (url, asked):
+        began = monotonic()
+        with pytest.raises(TimedOutError) as caught:
+            flavour.call(flavour.open(url, timeout_s=0.2), "sources")
+        assert monotonic() - began < 10
+        assert len(asked) == 1
+    assert caught.value.code == "timed_out"
+    assert "0.2 s" in str(caught.value)
+
+
+def test_prompts_are_in_no_error_and_no_log(
+    flavour: Flavour, api: Api, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """P9: tokens, keys and texts, whatever goes wrong."""
+    caplog.set_level(logging.DEBUG)
+    secret = 3_141_592_653
+    prompts = (
+        Tokens([secret] * 8),
+        Keys([secret] * 2),
+        Text(f"Zanzibar {secret}"),
+        Chat([{"role": "user", "content": f"Zanzibar {secret}"}]),
+    )
+    said: list[str] = []
+    with answering(reply(200, b"?")) as (garbage, _), answering(reply(503, b"Zanzibar 3141592653")) as (busy, _):
+        for url in (url_of(api), garbage, busy, "http://127.0.0.1:1"):
+            client = flavour.open(url, retry=False)
+            for prompt in prompts:
+                try:
+                    said.append(repr(flavour.call(client, "routed", "m", "pod-x", prompt)))
+                except ClientError as error:
+                    said += [str(error), repr(error), error.message, error.hint]
+    out = capsys.readouterr()
+    everything = "".join([*said, caplog.text, out.out, out.err])
+    assert said
+    assert str(secret) not in everything
+    assert "Zanzibar" not in everything
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8090", "ftp://h", "http://", "http://h:port", "http://h\n", 7], ids=repr
+)
+def test_what_can_not_be_an_address_is_refused_at_once(flavour: Flavour, url: Any) -> None:
+    with pytest.raises(ValueError, match="url"):
+        flavour.open(url)
+
+
+def test_a_password_in_the_address_is_not_shown(flavour: Flavour) -> None:
+    client = flavour.open("http://me:secret@127.0.0.1:1", retry=False)
+    with pytest.raises(UnreachableError) as caught:
+        flavour.call(client, "ready")
+    assert "secret" not in repr(client) + str(caught.value)
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
+def test_waits_are_finite_and_positive(flavour: Flavour, timeout_s: float) -> None:
+    with pytest.raises(ValueError, match="timeout_s"):
+        flavour.open("http://h", timeout_s=timeout_s)
+
+
+# Connections
+
+
+def test_connections_are_used_again(flavour: Flavour) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        accepted: list[socket.socket] = []
+
+        def forward() -> None:
+            """Answer on one connection for as long as it is used."""
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            accepted.append(connection)
+            while connection.recv(65536):
+                connection.sendall(READY)
+
+        thread = threading.Thread(target=forward, daemon=True)
+        thread.start()
+        client = flavour.open(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert [flavour.call(client, "ready").ready for _ in range(5)] == [True] * 5
+    assert len(accepted) == 1
+    flavour.call(client, "close")
+    thread.join(5)
+    accepted[0].close()
+
+
+def test_it_speaks_https_with_certificates_that_it_is_given(flavour: Flavour) -> None:
+    context = ssl.create_default_context()
+    client = flavour.open("https://127.0.0.1:1", verify=context, retry=False)
+    with pytest.raises(UnreachableError):
+        flavour.call(client, "ready")
+
+
+def test_headers_go_with_every_request(flavour: Flavour) -> None:
+    seen: list[str | None] = []
+
+    def note(handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.headers.get("authorization"))
+        handler.wfile.write(READY)
+
+    with answering(note) as (url, _):
+        assert flavour.call(flavour.open(url, headers={"authorization": "Bearer x"}), "ready").ready
+    assert seen == ["Bearer x"]
+
+
+def test_it_imports_no_server() -> None:
+    """A scheduler that asks needs nothing of what answers."""
+    servers = {"fastapi", "starlette", "uvicorn", "uvloop", "zmq", "redis", "pydantic", "prometheus_client"}
+    program = "import sys, kvindexer.client; print(*{name.partition('.')[0] for name in sys.modules})"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert not servers & set(found.split())
