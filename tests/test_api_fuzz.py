@@ -32,6 +32,10 @@ FIELDS = {
             "by_rank",
         ),
     ),
+    "/v1/explain": (
+        *("prompt", "messages", "model", "tokens", "tokens_b64", "keys", "prompt_tokens", "block_size", "tenant"),
+        *("lora", "cache_salt", "additional_salt", "multimodal", "candidates", "require", "keys_b64", "top_k"),
+    ),
     "/v1/match/batch": (
         *("model", "prompts", "block_size", "tenant", "additional_salt", "candidates", "require", "top_k", "weights"),
         *("order", "by_rank"),

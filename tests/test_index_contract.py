@@ -436,3 +436,17 @@ def test_hashes_resolve_to_the_block_size_of_their_event(index: Index) -> None:
     index.attach("s", POD)
     index.apply("s", payload([stored(PROMPT, HASHES[:2], size=8)]))
     assert index.resolve("s", HASHES[:1]) == [Binding(PROMPT.keys(8)[0], 8)]
+
+
+def test_a_block_that_was_held_before_is_remembered(index: Index) -> None:
+    index.attach("s", POD)
+    key = PROMPT.keys(SIZE)[0]
+    assert not index.remembers("s", key)
+    index.apply("s", payload([whole()]))
+    index.apply("s", payload([removed(HASHES[:1])]))
+    assert index.remembers("s", key)
+    assert not index.remembers("s", PROMPT.keys(SIZE)[5])
+    index.attach("other", pod("pod-b"))
+    assert not index.remembers("other", key)
+    with pytest.raises(KeyError):
+        index.remembers("nobody", key)

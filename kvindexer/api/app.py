@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from kvindexer import __version__
-from kvindexer.api import changes, feedback, health, heat, locate, plan, rfc_sources, routed, sources, tiers
+from kvindexer.api import changes, explain, feedback, health, heat, locate, plan, rfc_sources, routed, sources, tiers
 from kvindexer.api.body import BodyReader
 from kvindexer.api.errors import error_body, error_headers, internal_error, method_not_allowed
 from kvindexer.api.fleet import Fleet
@@ -95,6 +95,7 @@ _HOT: Final = (
         (KeysAnswer,),
         msgpack=True,
     ),
+    explain.ROUTE,
     routed.ROUTE,
     feedback.ROUTE,
     locate.ROUTE,
@@ -144,6 +145,7 @@ def create_app(
         "/v1/match": matches.one,
         "/v1/match/batch": matches.batch,
         "/v1/keys": KeysRoute(settings, matcher, prompts),
+        "/v1/explain": explain.ExplainRoute(settings, index, fleet, matcher=matcher, texts=prompts),
         "/v1/routed": routed.RoutedRoute(settings, fleet, matcher, prompts, speculation),
         "/v1/feedback": feedback.FeedbackRoute(fleet, metrics),
         "/v1/blocks/locate": locate.LocateRoute(settings, index, fleet, models),
@@ -160,7 +162,7 @@ def create_app(
     )
     routers = (
         rfc_sources.routes(fleet),
-        sources.routes(fleet, metrics),
+        sources.routes(fleet, metrics, index),
         tiers.routes(fleet),
         heat.routes(heat.HeatViews(index, counts, models)),
         changes.routes(settings, index, fleet, models),

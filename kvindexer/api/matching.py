@@ -89,7 +89,7 @@ class Matcher:
         known: dict[str, int] = {}
         all_of_them = False
         if question.candidates is not None:
-            candidates, known = self._candidates(question, question.candidates, spaces)
+            candidates, known = self.candidates(question, question.candidates, spaces)
             all_of_them = len(spaces) == 1 and len(known) == len(self._index.instances(spaces[0]))
         ranking = Ranking(required, weights, question.order == "score", question.top_k, question.by_rank)
         return Asked(question.model, spaces, candidates, known, all_of_them, ranking, form)
@@ -123,9 +123,9 @@ class Matcher:
         tokens = prompt.tokens(size)
         blocks = tokens // size
         self._metrics.asked(longest, tokens)
-        return Answered(blocks, tokens, rows, None if longest else self._reason(asked, found, blocks=blocks))
+        return Answered(blocks, tokens, rows, None if longest else self.reason(asked, found, blocks=blocks))
 
-    def _candidates(
+    def candidates(
         self, question: Question, names: list[str], spaces: list[Keyspace]
     ) -> tuple[Candidates, dict[str, int]]:
         """What candidates mean, and the block size of each that a match could name."""
@@ -147,7 +147,7 @@ class Matcher:
         )
         return gpu, cpu, disk, remote
 
-    def _reason(self, asked: Asked, found: list[Found], *, blocks: int) -> str:
+    def reason(self, asked: Asked, found: list[Found], *, blocks: int) -> str:
         """Why no instance has any of the prompt."""
         if not any(self._index.instances(space) for space in asked.spaces):
             return "no_instance"

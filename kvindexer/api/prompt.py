@@ -41,6 +41,15 @@ class TokenPrompt:
         self._multimodal = multimodal
         self._keys: dict[int, list[int]] = {}
 
+    @property
+    def plain(self) -> bool:
+        """Whether its keys depend on its tokens alone."""
+        return not (self._lora or self._cache_salt or self._multimodal)
+
+    def with_lora(self, lora: str | None) -> TokenPrompt:
+        """The same prompt for another LoRA, or for none."""
+        return TokenPrompt(self._packed, lora=lora, cache_salt=self._cache_salt, multimodal=self._multimodal)
+
     def keys(self, block_size: int) -> list[int]:
         """See `Prompt.keys`."""
         keys = self._keys.get(block_size)
@@ -50,7 +59,7 @@ class TokenPrompt:
 
     def _hashed(self, block_size: int) -> list[int]:
         extras = None
-        if self._lora or self._cache_salt or self._multimodal:
+        if not self.plain:
             extras = prompt_extras(
                 self._tokens // block_size,
                 block_size,

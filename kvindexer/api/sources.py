@@ -15,6 +15,8 @@ from msgspec import Meta
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.openapi import answer_body
+from kvindexer.api.sizes import BlockSizes
+from kvindexer.index.seam import Index
 
 _encode = msgspec.json.Encoder().encode
 
@@ -59,6 +61,7 @@ class SourceEntry(msgspec.Struct):
     rank: int
     tenant: str
     block_size: int
+    block_sizes: Annotated[list[int], Meta(description="The registered one, and those that events have named.")]
     state: str
     why: str
     sound: bool
@@ -95,15 +98,16 @@ class SourcesAnswer(msgspec.Struct):
 ANSWERS: Final = (SourcesAnswer,)
 
 
-def routes(fleet: Fleet, metrics: Metrics) -> APIRouter:
+def routes(fleet: Fleet, metrics: Metrics, index: Index) -> APIRouter:
     """The one route."""
     router = APIRouter(tags=["Operation"])
 
     @router.get("/v1/sources", summary="State of all sources", responses=answer_body(SourcesAnswer))
     async def sources(tenant: str | None = None, model: str | None = None, instance: str | None = None) -> Response:
         reports = fleet.reports()
+        sizes = BlockSizes(index)
         entries = [
-            _entry(report)
+            _entry(report, sizes.of(report.spec))
             for report in reports
             if tenant in (None, report.spec.tenant)
             and model in (None, report.spec.model)
@@ -116,7 +120,7 @@ def routes(fleet: Fleet, metrics: Metrics) -> APIRouter:
     return router
 
 
-def _entry(report: SourceReport) -> SourceEntry:
+def _entry(report: SourceReport, block_sizes: list[int]) -> SourceEntry:
     spec = report.spec
     return SourceEntry(
         instance=spec.instance,
@@ -128,6 +132,7 @@ def _entry(report: SourceReport) -> SourceEntry:
         rank=spec.rank,
         tenant=spec.tenant,
         block_size=spec.block_size,
+        block_sizes=block_sizes,
         state=report.state,
         why=report.why,
         sound=report.sound,

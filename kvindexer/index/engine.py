@@ -231,6 +231,11 @@ class PyIndex:
             for block_hash, key in zip(hashes, map(find, hashes), strict=True)
         ]
 
+    def remembers(self, source: str, key: int) -> bool:
+        """See `Index.remembers`."""
+        domain = self._shares[source].domain
+        return key in map(domain.bindings.get, domain.dead)
+
     def keyspaces(self, tenant: str, model: str, additional_salt: str | None = None) -> list[Keyspace]:
         """See `Index.keyspaces`."""
         return [

@@ -136,6 +136,12 @@ class Index(Protocol):
     def resolve(self, source: str, hashes: Collection[int]) -> list[Binding | None]:
         """What each of these engine hashes means in the source's hash domain, held or not; None: not known."""
 
+    def remembers(self, source: str, key: int) -> bool:
+        """Whether the source's hash domain knows the hash of this block from an earlier copy that may be gone.
+
+        Bounded, as what is remembered is; not cheap.
+        """
+
     def keyspaces(self, tenant: str, model: str, additional_salt: str | None = None) -> list[Keyspace]:
         """Keyspaces of a model for which a source is registered, or blocks of another size were seen.
 
