@@ -372,7 +372,7 @@ def test_the_openapi_document_has_the_fields_of_the_hot_routes(api: Api) -> None
         schemas["MatchRequest"]["properties"]
     )
     assert schemas["MatchRequest"]["required"] == ["model"]
-    api.store(api.add("pod-a"), PROMPT)
+    api.store(api.add("pod-a"), PROMPT[:8])
     api.post("/v1/routed", {"model": "m", "instance": "pod-a", "tokens": PROMPT, "ttl_s": 60})
     answer = api.post("/v1/match", {"model": "m", "tokens": PROMPT, "candidates": ["pod-a"], "by_rank": True})
     assert set(schemas["Match"]["properties"]) == set(answer["matches"][0])
