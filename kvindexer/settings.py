@@ -121,7 +121,7 @@ class Settings(BaseSettings):
         description="Most tokens of all prompts of a batch together; more are answered with 413.",
     )
     max_blocks: Count = Field(
-        default=16_384,
+        default=4096,
         description="Most blocks of a request to /v1/blocks/locate or /v1/offload/plan; more are answered with 413.",
     )
     max_concurrent_requests: Count = Field(

@@ -41,7 +41,7 @@ EngineHashes = Annotated[
     ),
 ]
 
-CHUNK: Final = 64
+CHUNK: Final = 32
 """Blocks that are looked up before others may have a turn."""
 
 _HEX: Final = re.compile(r"(?:0[xX])?((?:[0-9a-fA-F]{2})+)")
@@ -153,7 +153,7 @@ class Holders:
     async def copies(self, blocks: Sequence[Named]) -> AsyncIterator[tuple[Named, tuple[Copy, ...]]]:
         """Every copy of each block, in no particular order; others have their turns in between.
 
-        What is said of one block is of one moment.
+        What is said of one block is of one moment.  Neighbours with the same holders are given the same tuple.
         """
         since = perf_counter()
         for start in range(0, len(blocks), CHUNK):
@@ -161,19 +161,22 @@ class Holders:
                 await asyncio.sleep(0)
                 since = perf_counter()
             chunk = blocks[start : start + CHUNK]
-            places: list[list[tuple[Keyspace, Holding]]] = [[] for _ in chunk]
+            places: list[list[tuple[Keyspace, list[Holding]]]] = [[] for _ in chunk]
             for space in dict.fromkeys(space for block in chunk for space in block.spaces):
                 there = [n for n, block in enumerate(chunk) if space in block.spaces]
                 keys = [key for n in there if (key := chunk[n].key) is not None]
                 for n, holdings in zip(there, self._index.locate(space, keys), strict=True):
-                    places[n] += ((space, holding) for holding in holdings)
-            known: dict[tuple[Keyspace, Holding], Copy] = {}
+                    places[n].append((space, holdings))
+            known: dict[tuple[int, ...], tuple[Copy, ...]] = {}
             statuses: dict[str, InstanceStatus] = {}
             for block, found in zip(chunk, places, strict=True):
-                for place in found:
-                    if place not in known:
-                        known[place] = self._copy(*place, statuses)
-                yield block, tuple(known[place] for place in found)
+                name = tuple([id(holdings) for _, holdings in found])
+                copies = known.get(name)
+                if copies is None:
+                    copies = known[name] = tuple(
+                        self._copy(space, holding, statuses) for space, holdings in found for holding in holdings
+                    )
+                yield block, copies
 
     def _copy(self, space: Keyspace, holding: Holding, statuses: dict[str, InstanceStatus]) -> Copy:
         owner = holding.instance

@@ -125,13 +125,13 @@ class LocateRoute:
         near = self._near(request, tenant, spaces)
         row = self._rows(call.answer.encode, near)
         located: list[LocatedBlock] = []
-        lists: dict[tuple[Copy, ...], list[msgspec.Raw]] = {}
+        last: tuple[Copy, ...] | None = None
+        holders: list[msgspec.Raw] = []
         unknown = 0
         async for block, copies in self._holders.copies(blocks):
-            holders = lists.get(copies)
-            if holders is None:
-                ordered = sorted(set(copies), key=lambda copy: order(copy, near))
-                holders = lists[copies] = [row(copy) for copy in ordered]
+            if copies is not last:
+                last = copies
+                holders = [row(copy) for copy in sorted(set(copies), key=lambda copy: order(copy, near))]
             unknown += block.key is None
             status: Status = "unknown" if block.key is None else "held" if holders else "not_held"
             located.append(LocatedBlock(status, holders, block.hash, block.key))

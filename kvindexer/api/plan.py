@@ -23,6 +23,7 @@ from kvindexer.index.topology import is_store
 from kvindexer.settings import Settings
 from kvindexer.tiering.advice import HOT, Advice, Copies, Facts, Heat, Reason, advise
 from kvindexer.tiering.media import tier_named
+from kvindexer.tiering.nearness import Copy
 from kvindexer.tiering.planning import Around, Asker, look_around
 from kvindexer.types import Tier
 
@@ -120,8 +121,12 @@ class PlanRoute:
         asker = Asker(spec.instance, is_store(spec), tier_named(request.tier), request.rank)
         blocks = self._holders.by_hash(publishers, [engine_hash(given) for given in request.hashes])
         planned = []
+        last: tuple[Copy, ...] | None = None
+        near = _UNKNOWN
         async for block, copies in self._holders.copies(blocks):
-            around = _UNKNOWN if block.key is None else look_around(asker, copies)
+            if copies is not last:
+                last, near = copies, look_around(asker, copies)
+            around = _UNKNOWN if block.key is None else near
             heat = self._heat_of(block)
             facts = Facts(
                 known=block.key is not None,

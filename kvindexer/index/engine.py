@@ -220,7 +220,16 @@ class PyIndex:
         space = self._spaces.get(keyspace)
         if space is None:
             return [[] for _ in keys]
-        return [_holdings(space, key) for key in keys]
+        tiers = space.tiers
+        known: dict[tuple[int, ...], list[Holding]] = {}  # blocks of one prompt mostly share one holder set
+        located = []
+        for key in keys:
+            masks = tuple([holders.get(key, 0) for holders in tiers])
+            found = known.get(masks)
+            if found is None:
+                found = known[masks] = _holdings(space, key)
+            located.append(found)
+        return located
 
     def resolve(self, source: str, hashes: Collection[int]) -> list[Binding | None]:
         """See `Index.resolve`."""

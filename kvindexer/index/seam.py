@@ -131,7 +131,7 @@ class Index(Protocol):
         """
 
     def locate(self, keyspace: Keyspace, keys: Sequence[int]) -> list[list[Holding]]:
-        """Who holds each of these blocks, stores included."""
+        """Who holds each of these blocks, stores included; blocks with the same holders may share one list."""
 
     def resolve(self, source: str, hashes: Collection[int]) -> list[Binding | None]:
         """What each of these engine hashes means in the source's hash domain, held or not; None: not known."""
