@@ -22,7 +22,7 @@ from msgspec import Meta
 from kvindexer.api.fleet import Fleet, InstanceStatus
 from kvindexer.api.identities import Identities
 from kvindexer.errors import RequestError, TooLargeError
-from kvindexer.index.seam import Binding, Holding, Index
+from kvindexer.index.seam import Holding, Index
 from kvindexer.index.topology import is_store, reads
 from kvindexer.settings import Settings
 from kvindexer.tiering.nearness import Copy
@@ -132,21 +132,23 @@ class Holders:
 
     def by_hash(self, publishers: Sequence[Publisher], hashes: Sequence[int]) -> list[Named]:
         """Blocks by engine hashes.  A hash that two of the sources use for different blocks is not known."""
-        answers: list[list[Binding | None]] = [self._index.resolve(source, hashes) for source, _ in publishers]
-        named = []
-        for position, block_hash in enumerate(hashes):
-            meanings: set[tuple[int, Keyspace]] = set()
-            for (_, spec), bindings in zip(publishers, answers, strict=True):
-                binding = bindings[position]
-                if binding is not None:
-                    space = Keyspace(spec.tenant, spec.model, spec.additional_salt, binding.block_size)
-                    meanings.add((binding.key, space))
-            if len(meanings) == 1:
-                ((key, space),) = meanings
-                named.append(Named(block_hash, key, (space,)))
-            else:
-                named.append(Named(block_hash, None, ()))
-        return named
+        spaces: dict[tuple[SourceSpec, int], tuple[Keyspace]] = {}
+        found: list[Named | None] = [None] * len(hashes)
+        for source, spec in publishers:
+            for n, binding in enumerate(self._index.resolve(source, hashes)):
+                if binding is None:
+                    continue
+                key, size = binding
+                space = spaces.get((spec, size))
+                if space is None:
+                    space = spaces[spec, size] = (Keyspace(spec.tenant, spec.model, spec.additional_salt, size),)
+                named = Named(hashes[n], key, space)
+                before = found[n]
+                found[n] = named if before is None or before == named else Named(hashes[n], None, ())
+        return [
+            Named(block_hash, None, ()) if named is None else named
+            for block_hash, named in zip(hashes, found, strict=True)
+        ]
 
     # Who holds it
 
