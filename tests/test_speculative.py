@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
@@ -69,8 +68,10 @@ def test_after_any_sequence_the_overlay_is_what_a_count_of_references_would_be(
             for who in INSTANCES:
                 assert set(overlay.instances(where).get(who, ())) == oracle.held(where, who)
                 assert overlay.awaits(who) == any(oracle.held(each, who) for each in SPACES)
-            everybody = [key for who in INSTANCES for key in oracle.held(where, who)]
-            assert overlay.by_anybody(where) == Counter(everybody)
+            receivers = [(key, who) for who in INSTANCES for key in oracle.held(where, who)]
+            assert sorted((key, who) for key, names in overlay.receivers(where).items() for who in names) == sorted(
+                receivers
+            )
         assert overlay.alive or not any(keys for *_, keys, _ in oracle.routings)
     overlay.expire(now + 5)
     assert (overlay.alive, overlay.references, overlay.blocks) == (False, 0, 0)

@@ -52,18 +52,18 @@ class Lookahead:
             if not keys:
                 continue
             # nearly all questions or instances fall out here: what was routed does not go on where they end
-            anybody = self._speculation.by_anybody(keyspace)
-            depths = {match.held for match in matches if match.held < len(keys)}
-            depths = {depth for depth in depths if keys[depth] in anybody}
-            ends = [(match.instance, match.held) for match in matches if match.held in depths] if depths else []
-            ends = [(instance, held) for instance, held in ends if keys[held] in routed.get(instance, ())]
-            if keys[0] in anybody:
+            receivers = self._speculation.receivers(keyspace).get
+            depths = {match.held for match in matches}
+            after = {held: names for held in depths if held < len(keys) and (names := receivers(keys[held]))}
+            ends = [
+                (match.instance, match.held)
+                for match in matches
+                if match.held in after and match.instance in after[match.held]
+            ]
+            others = receivers(keys[0])
+            if others:
                 begun = {match.instance for match in matches}
-                ends += [
-                    (instance, 0)
-                    for instance, blocks in routed.items()
-                    if instance not in begun and keys[0] in blocks
-                ]
+                ends += [(instance, 0) for instance in others if instance not in begun]
             known = self._index.instances(keyspace) if ends else ()
             for instance, held in ends:
                 if instance in known and (candidates is None or instance in candidates):

@@ -45,8 +45,8 @@ class Speculation:
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
         self._held: dict[Keyspace, dict[str, dict[int, _Routing]]] = {}
-        self._by_anybody: dict[Keyspace, dict[int, int]] = {}
-        """How many instances each block is on its way to; so that most questions end with one look."""
+        self._receivers: dict[Keyspace, dict[int, tuple[str, ...]]] = {}
+        """The instances that each block is on its way to; so that most questions end with one look."""
         self._routings: dict[_Name, _Routing] = {}
         self._ends: list[tuple[_Order, _Routing]] = []
         """A heap with one entry a routing, at the end that it had when it was put there."""
@@ -96,11 +96,12 @@ class Speculation:
         else:
             order = routing.order = max(routing.order, order)
         held = self._held.setdefault(keyspace, {}).setdefault(instance, {})
-        by_anybody = self._by_anybody.setdefault(keyspace, {})
+        receivers, alone = self._receivers.setdefault(keyspace, {}), (instance,)
         for key in routing.keys:
             other = held.get(key)
             if other is None:
-                by_anybody[key] = by_anybody.get(key, 0) + 1
+                others = receivers.get(key)
+                receivers[key] = alone if others is None else others + alone
                 held[key] = routing
             elif other.order < order:
                 held[key] = routing
@@ -138,19 +139,19 @@ class Speculation:
         held = instances.get(instance)
         if held is None:
             return 0
-        by_anybody, before = self._by_anybody[keyspace], len(held)
+        receivers, before = self._receivers[keyspace], len(held)
         for key in keys:
             if held.pop(key, None) is not None:
-                others = by_anybody[key] - 1
+                others = tuple(other for other in receivers[key] if other != instance)
                 if others:
-                    by_anybody[key] = others
+                    receivers[key] = others
                 else:
-                    del by_anybody[key]
+                    del receivers[key]
         gone = before - len(held)
         if not held:
             del instances[instance]
             if not instances:
-                del self._held[keyspace], self._by_anybody[keyspace]
+                del self._held[keyspace], self._receivers[keyspace]
         return gone
 
     def awaits(self, instance: str) -> bool:
@@ -161,6 +162,6 @@ class Speculation:
         """Instances with speculative blocks, and the keys of those."""
         return self._held.get(keyspace, {})
 
-    def by_anybody(self, keyspace: Keyspace) -> Collection[int]:
-        """Blocks that are on their way to any instance."""
-        return self._by_anybody.get(keyspace, {})
+    def receivers(self, keyspace: Keyspace) -> Mapping[int, Collection[str]]:
+        """Blocks that are on their way, and the instances that each will come to."""
+        return self._receivers.get(keyspace, {})
