@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 import uvicorn
@@ -132,6 +133,11 @@ class _Server(uvicorn.Server):
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End gracefully: streams hear of it, and don't hold the end up."""
+        self._fleet.leaving = True
+        super().handle_exit(sig, frame)
 
     def _farewell(self) -> None:
         """Serve on until load balancers have seen that we leave, and end each connection with its next answer."""

@@ -84,3 +84,19 @@ def test_connections_that_are_busy_at_sigterm_lose_no_request(service: Served) -
     assert asked[0] > len(clients)
     assert not lost
     assert service.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_follows_the_changes_is_told_and_holds_nobody_up(service: Served, number: signal.Signals) -> None:
+    connection = HTTPConnection(HOST, service.port)
+    body = b'{"endpoint": "tcp://127.0.0.1:9", "modelname": "m", "instance_id": "pod-a", "block_size": 4}'
+    connection.request("POST", "/register", body)
+    connection.getresponse().read()
+    connection.request("GET", "/v1/changes?model=m")
+    stream = connection.getresponse()
+    assert stream.status == 200
+    began = time.monotonic()
+    service.tell(number)
+    assert stream.read().endswith(b'event: end\ndata: {"code":"leaving"}\n\n')
+    assert service.wait() == 0
+    assert time.monotonic() - began < DRAIN_S + 2
