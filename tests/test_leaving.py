@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
@@ -93,10 +94,10 @@ def test_who_follows_the_changes_is_told_and_holds_nobody_up(service: Served, nu
     connection.request("POST", "/register", body)
     connection.getresponse().read()
     connection.request("GET", "/v1/changes?model=m")
-    stream = connection.getresponse()
-    assert stream.status == 200
-    began = time.monotonic()
-    service.tell(number)
-    assert stream.read().endswith(b'event: end\ndata: {"code":"leaving"}\n\n')
+    with closing(connection), connection.getresponse() as stream:
+        assert stream.status == 200
+        began = time.monotonic()
+        service.tell(number)
+        assert stream.read().endswith(b'event: end\ndata: {"code":"leaving"}\n\n')
     assert service.wait() == 0
     assert time.monotonic() - began < DRAIN_S + 2
