@@ -44,6 +44,11 @@ FIELDS = {
         *("model", "tokens", "tokens_b64", "block_size", "tenant", "lora", "cache_salt", "additional_salt"),
         "multimodal",
     ),
+    "/v1/routed": (
+        *("model", "instance", "ttl_s", "tokens", "tokens_b64", "keys", "keys_b64", "prompt_tokens", "block_size"),
+        *("tenant", "lora", "cache_salt", "additional_salt", "multimodal", "prompt", "messages"),
+    ),
+    "/v1/feedback": ("instance", "predicted_tokens", "cached_tokens", "model", "tenant", "rank", "request_id"),
     "/score_completions": ("model", "prompt", "temperature"),
     "/score_chat_completions": ("model", *CHAT),
     "/v1/blocks/locate": (
