@@ -126,6 +126,11 @@ def _query(made: ArgumentParser) -> None:
     made.add_argument("--json", action="store_true", help="print the answer as it came")
 
 
+def _doctor(made: ArgumentParser) -> None:
+    made.add_argument("--url", default=DEFAULT_URL, help="of the service (%(default)s)")
+    made.add_argument("--json", action="store_true", help="for programs")
+
+
 def _replay(made: ArgumentParser) -> None:
     made.add_argument("folder", type=Path, metavar="FOLDER", help="a recording, with a frames.jsonl")
     made.add_argument(
@@ -185,6 +190,7 @@ COMMANDS: Final = {
     "demo": ("Run the service with a simulated fleet and show both at work.", _demo),
     "simulate": ("Run engines without a GPU that publish KV events as real ones do.", _simulate),
     "query": ("Ask who holds how much of a prompt.", _query),
+    "doctor": ("Look for what is wrong with a running service.", _doctor),
     "inspect": ("Read the index in Redis, without a running service.", _inspect),
     "replay": ("Publish a recording of a real engine.", _replay),
 }

@@ -207,7 +207,7 @@ def test_removed(api: Api) -> None:
     api.store(api.add("pod-b"), PROMPT)
     only = row(explain(api))
     assert (only["reason"], only["missing"]["held_by"]) == ("removed", ["pod-b"])
-    assert "pod-b still holds it" in only["advice"]
+    assert "still held by pod-b" in only["advice"]
     api.index.withdraw(source)
     assert reason(api) == "removed"  # a restart looks the same
 
@@ -270,6 +270,8 @@ def test_what_the_caller_gave_is_told_where_nothing_matched(api: Api) -> None:
     packed = base64.b64encode(struct.pack("<2Q", 1, 2)).decode()
     assert also(api, tokens=None, keys_b64=packed) == ["keys_given"]
     assert also(api, tokens=[*PROMPT[:8], *other]) == []
+    api.add("silent")
+    assert also(api, "silent", tokens=other) == []  # it is clear why
 
 
 # No match at all

@@ -66,7 +66,8 @@ def test_a_line_of_the_page_does_what_the_page_says(fleet: Api, example: Example
 
 def test_the_page_has_examples_of_all_its_routes() -> None:
     commands = "".join(example.command for example in examples())
-    assert all(f"localhost:8090{path} " in commands for path in ("/v1/match", "/v1/match/batch", "/v1/keys"))
+    routes = ("/v1/match", "/v1/match/batch", "/v1/keys", "/v1/explain")
+    assert all(f"localhost:8090{path} " in commands for path in routes)
 
 
 def test_the_limits_of_the_page_are_settings() -> None:

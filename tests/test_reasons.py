@@ -29,8 +29,8 @@ STOP_ROWS: list[tuple[dict[str, Any], str, str]] = [
     ({**HALF, "other_lora": 40}, "other_lora", "holds 40 tokens of the prompt for another LoRA"),
     ({**HALF, "remembered": True}, "removed", "stored before here and has gone since"),
     ({**HALF, "remembered": True, "shared": True}, "removed", "or by one that shares a store with it"),
-    ({**HALF, "remembered": True, "others": ("b",)}, "removed", "b still holds it"),
-    ({**HALF, "others": ("b", "c")}, "held_by_others", "b, c holds it"),
+    ({**HALF, "remembered": True, "others": ("b",)}, "removed", "still held by b"),
+    ({**HALF, "others": ("b", "c")}, "held_by_others", "it is held by b, c: route"),
     (NOTHING, "never_stored", "Nobody holds the block"),
 ]
 

@@ -186,7 +186,8 @@ class ExplainRoute:
             known = family(self._fleet, tenant, request.model, request.additional_salt)
             if any(is_listing(report.source) for report in known.reports):
                 reason = "not_listed"
-            models = near(request.model, {spec.model for spec in self._fleet.specs() if spec.tenant == tenant})
+            else:
+                models = near(request.model, {spec.model for spec in self._fleet.specs() if spec.tenant == tenant})
         if reason == "unknown_block_size":
             spaces = self._matcher.keyspaces(tenant, request.model, request.additional_salt, None)
             sizes = sorted({space.block_size for space in spaces})

@@ -87,12 +87,17 @@ def _listed(names: tuple[str | int, ...]) -> str:
     return ", ".join(map(str, names))
 
 
+def _nothing(it: Situation) -> bool:
+    """Whether none of the prompt is held, and it is not clear why."""
+    return it.blocks > 0 and not it.held and it.heard and it.other_size is None
+
+
 def _because(it: Situation) -> str:
     return f" ({it.why})" if it.why else ""
 
 
 def _of_others(it: Situation) -> str:
-    return f"; {_listed(it.others)} still holds it" if it.others else ""
+    return f"; it is still held by {_listed(it.others)}" if it.others else ""
 
 
 STOPS: Final = (
@@ -179,8 +184,8 @@ STOPS: Final = (
         "held_by_others",
         lambda it: bool(it.others),
         lambda it: (
-            f"It was not stored here as far as is known; {_listed(it.others)} holds it: route such prompts there, or "
-            "let this one compute it."
+            f"It was not stored here as far as is known, it is held by {_listed(it.others)}: route such prompts "
+            "there, or let this one compute it."
         ),
     ),
     Row(
@@ -272,7 +277,7 @@ ALSO: Final = (
     ),
     Row(
         "no_extras_given",
-        lambda it: it.extras == "none" and it.blocks > 0 and not it.held,
+        lambda it: it.extras == "none" and _nothing(it),
         lambda _: (
             "The question names no LoRA, cache salt or image: if the engine's request has any, give lora, cache_salt "
             "and multimodal as the engine gets them."
@@ -280,7 +285,7 @@ ALSO: Final = (
     ),
     Row(
         "extras_given",
-        lambda it: it.extras == "some" and it.blocks > 0 and not it.held,
+        lambda it: it.extras == "some" and _nothing(it),
         lambda _: (
             "The question names a LoRA, a cache salt or an image, and blocks match only if the engine's request "
             "had just these; vLLM before 0.17 sends no salts and images, before 0.14 no names of LoRAs."
@@ -288,7 +293,7 @@ ALSO: Final = (
     ),
     Row(
         "keys_given",
-        lambda it: it.extras == "in keys" and it.blocks > 0 and not it.held,
+        lambda it: it.extras == "in keys" and _nothing(it),
         lambda it: (
             f"Keys match only if they were made as /v1/keys makes them, in blocks of {it.block_size} tokens and with "
             "the LoRA, cache salt and images of the engine's request: ask with tokens to be sure."
