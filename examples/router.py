@@ -16,7 +16,7 @@ import argparse
 import json
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 import httpx
@@ -114,18 +114,20 @@ def app(index_url: str, engines: Sequence[str]) -> Starlette:
         except httpx.HTTPError:
             await router.done(sent, None)
             return JSONResponse({"error": {"message": f"no answer from {sent.engine}", "code": 502}}, 502)
-        return StreamingResponse(relayed(answer, sent), answer.status_code, media_type=answer.headers["content-type"])
+        return StreamingResponse(
+            relayed(answer, sent), answer.status_code, media_type=answer.headers.get("content-type")
+        )
 
     async def relayed(answer: httpx.Response, sent: Sent) -> AsyncIterator[bytes]:
         tail = b""
         try:
-            async for chunk in answer.aiter_bytes():
-                tail = (tail + chunk)[-TAIL_BYTES:]
-                yield chunk
+            async with aclosing(answer):
+                async for chunk in answer.aiter_bytes():
+                    tail = (tail + chunk)[-TAIL_BYTES:]
+                    yield chunk
         finally:
             reported = CACHED.findall(tail)
             await router.done(sent, int(reported[-1]) if reported else None)
-            await answer.aclose()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

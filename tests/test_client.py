@@ -328,8 +328,11 @@ def test_keys_name_the_block_size_that_they_were_made_for(api: Api, ask: Callabl
     assert not ask("match", "m", prompt.hashed(8)).matches
     assert ask("routed", "m", "pod-e", prompt.hashed(8)).speculative_tokens == 40
     assert ask("match_batch", "m", [prompt.hashed(4)]).results[0].error is None
+    assert ask("match_batch", "m", [Keys(KEYS), prompt.hashed(4)]).results[0].matches[0].instance == "pod-a"
     with pytest.raises(RefusedError):
         ask("match", "m", Keys(KEYS))
+    with pytest.raises(ValueError, match="one block size"):
+        ask("match_batch", "m", [prompt.hashed(4), prompt.hashed(8)])
 
 
 def test_prompts_as_text(tmp_path: Path, flavour: Flavour) -> None:

@@ -298,6 +298,7 @@ class SourceEntry(msgspec.Struct, frozen=True):
     poison: int
     stored: StoredEntry | None
     feedback: FeedbackFigures
+    block_sizes: list[int] = []
 
 
 class Totals(msgspec.Struct, frozen=True):

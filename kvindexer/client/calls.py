@@ -81,7 +81,10 @@ def match(model: str, prompt: Prompt, **question: Unpack[Question]) -> Call[Matc
 
 def match_batch(model: str, prompts: Sequence[Tokens | Keys], **question: Unpack[Question]) -> Call[BatchAnswer]:
     """The same for many prompts; a prompt that can't be answered has an `error` of its own."""
-    asked = {**(_about(prompts[0]) if prompts else {}), **_question(question)}
+    sizes = {prompt.block_size for prompt in prompts if isinstance(prompt, Keys) and prompt.block_size is not None}
+    if len(sizes) > 1:
+        raise ValueError("prompts: expected keys of one block size")
+    asked = {"block_size": next(iter(sizes), None), **_question(question)}
     return _post(
         "/v1/match/batch", BatchAnswer, model=model, prompts=[_said(prompt.fields()) for prompt in prompts], **asked
     )

@@ -100,7 +100,7 @@ class _Base(Methods, Generic[H]):
 
 
 class Client(_Base[httpx.Client]):
-    """Asks and waits; threads may share one.
+    """Asks and waits; threads may share one.  A server that drips its answer can make a call take twice `timeout_s`.
 
         with Client("http://localhost:8090") as client:
             answer = client.match("m", Tokens(token_ids), candidates=pods, top_k=3)
