@@ -8,9 +8,11 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,27 @@ def test_a_good_service_gets_0_and_a_bad_one_1(service: Served, open_engine: Cal
     assert found["replay"]["sources"] == [silent.endpoint]
     assert found["events"]["sources"] == [silent.endpoint]
     assert doctor(service.url)[0] == 1
+
+
+@pytest.mark.parametrize("answer", [b"[]", b"{}", b'{"sources": [], "ready": true}', b"no JSON"])
+def test_another_program_on_that_port_is_told(answer: bytes) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        code, out, err = doctor(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert (code, out) == (1, "")
+    assert err.startswith("kvindexer: ")
+    assert "Traceback" not in err
 
 
 def test_it_fits_a_terminal(service: Served) -> None:
