@@ -13,10 +13,11 @@ import argparse
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import count
 from typing import NamedTuple
 
-from kvindexer.client import AsyncClient, SourceSpec, Tokens
+from kvindexer.client import AsyncClient, ClientError, SourceSpec, Tokens
 from kvindexer.testing import (
     ChatShape,
     ChatTraffic,
@@ -28,8 +29,9 @@ from kvindexer.testing import (
 )
 from router import Router, Sent
 
-MODEL = "simulated"
+MODEL = "compared"
 POLL_S = 0.001
+PATIENCE_S = 60
 
 
 class Shape(NamedTuple):
@@ -129,7 +131,8 @@ async def routed(shape: Shape, index_url: str) -> Share:
             return tally.share
         finally:
             for name in engines:
-                await index.unregister(name, model=MODEL)
+                with suppress(ClientError):
+                    await index.unregister(name, model=MODEL)
             fleet.stop()
 
 
@@ -146,8 +149,9 @@ def source_of(name: str, engine: FakeEngine) -> SourceSpec:
 
 async def heard(index: AsyncClient, name: str, engine: FakeEngine) -> None:
     """Wait until the index has the engine's last message."""
-    while (await index.sources(model=MODEL, instance=name)).sources[0].seq != engine.last_seq:  # noqa: ASYNC110
-        await asyncio.sleep(POLL_S)
+    async with asyncio.timeout(PATIENCE_S):
+        while (await index.sources(model=MODEL, instance=name)).sources[0].seq != engine.last_seq:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_S)
 
 
 def main() -> None:

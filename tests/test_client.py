@@ -367,7 +367,8 @@ def test_prompts_are_in_no_repr() -> None:
         Text("Zanzibar 4711", cache_salt="Zanzibar"),
         Chat([{"role": "user", "content": "Zanzibar 4711"}], tools=[{"name": "Zanzibar"}], cache_salt="Zanzibar"),
     )
-    assert not any("Zanzibar" in repr(prompt) or "4711" in repr(prompt) for prompt in prompts)
+    shown = [repr(prompt) for prompt in prompts] + [repr(calls.match("m", prompt)) for prompt in prompts]
+    assert not any("Zanzibar" in each or "4711" in each or "\\x" in each for each in shown)
 
 
 # What goes wrong
@@ -496,7 +497,7 @@ def test_503_is_tried_once_more_after_the_pause_that_it_asks_for(flavour: Flavou
         ([], {}, 2),
         (["retry-after: 3600"], {}, 1),
         (["retry-after: soon"], {}, 2),
-        (["retry-after: 1"], {"timeout_s": 0.5}, 1),
+        (["retry-after: 1.9"], {"timeout_s": 1.5}, 1),
         ([], {"retry": False}, 1),
     ],
     ids=str,
@@ -574,7 +575,7 @@ def test_a_call_ends_when_its_time_is_over(flavour: Flavour, said: Callable[[Bas
         with pytest.raises(TimedOutError) as caught:
             flavour.call(flavour.open(url, timeout_s=0.2), "sources")
         assert monotonic() - began < 10
-        assert len(asked) == 1
+        assert len(asked) <= 1
     assert caught.value.code == "timed_out"
     assert "0.2 s" in str(caught.value)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,6 +169,13 @@ def test_the_router_beats_round_robin(tmp_path: Path) -> None:
     assert routed.prompt_tokens == in_turn.prompt_tokens
     assert routed.cached_tokens > 1.2 * in_turn.cached_tokens
     assert routed.busiest < 2
+
+
+@pytest.mark.parametrize("name", ["router", "compare"])
+def test_examples_run_as_scripts(name: str) -> None:
+    script = Path(router.__file__).with_name(f"{name}.py")
+    said = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--index" in said
 
 
 def test_round_robin_has_what_the_page_says() -> None:

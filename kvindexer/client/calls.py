@@ -55,6 +55,9 @@ class Call(NamedTuple, Generic[T]):
     good: frozenset[int] = frozenset({200, 201})
     """Statuses whose body is the answer."""
 
+    def __repr__(self) -> str:
+        return f"<Call: {self.method} {self.path}>"  # the body may hold a prompt
+
 
 class Question(TypedDict, total=False):
     """Whose caches to look at, and which instances to list; as the fields of /v1/match."""
