@@ -195,7 +195,7 @@ class RedisKeeper:
             return
         now = time.monotonic()
         kept.shard.applied(seq, xxh3_128_digest(payload), change.touched, now)
-        kept.touched(change.touched)
+        self._changed_here(kept, change.touched)
         for other, touched in change.touched_of.items():
             self._amended(other, touched, now)
         if kept.shard.eager and not kept.busy:
@@ -205,7 +205,14 @@ class RedisKeeper:
         kept = self._kept.get(source)
         if kept is not None:
             kept.shard.amended(touched, now)
-            kept.touched(touched)
+            self._changed_here(kept, touched)
+
+    def _changed_here(self, kept: KeptSource, hashes: array[int]) -> None:
+        kept.touched(hashes)
+        if kept.shard.turn == 0 and self._reachable:
+            kept.make_ready(hashes, self._fleet.index)
+        elif kept.ready:
+            kept.ready.clear()
 
     def withdrawn(self, source: str, reason: str) -> None:
         """See `Keeper.withdrawn`."""

@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 
 PIECE_RECORDS: Final = 2_048
 """Records that are packed or loaded at once: two milliseconds, between which queries get their turn."""
+_PIECE_PAUSE_S: Final = 0.002
+"""Between two pieces of all rewrites together: nobody waits for them, queries do."""
 _MOST_PIECES_BEHIND: Final = 1_000
 """Pieces that a rewrite may still need after the first pass; a source that changes faster can't be caught."""
 _LOAD_TRIES: Final = 4
@@ -56,10 +58,10 @@ class Writing:
         """Sent to the store so far."""
         self._slices = asyncio.Lock()
 
-    async def slice(self) -> None:
+    async def slice(self, pause_s: float = 0.0) -> None:
         """Wait for a moment in which queries have had their turn: jobs that go on together would add up otherwise."""
         async with self._slices:
-            await asyncio.sleep(0)
+            await asyncio.sleep(pause_s)
 
     async def flush(self, kept: KeptSource, step: Flush) -> Refusal | None:
         """Write what has changed; to be called in the same breath as the decision.  Raises StoreError."""
@@ -68,7 +70,7 @@ class Writing:
         hashes, amended = shard.changed_since(step.base), shard.take_amendments()
         upto = shard.checkpoint(meta.checkpoint.epoch)
         facts = index.facts(kept.source)
-        packed = self._pack(kept, hashes, meta.buckets)
+        packed = self._pack(hashes, self._changed(kept, hashes), meta.buckets)
         try:
             author = kept.author(self._replica)
             answer = await self._server.flush(
@@ -111,10 +113,11 @@ class Writing:
         begin, pieces = True, len(hashes) // PIECE_RECORDS + _MOST_PIECES_BEHIND
         while len(hashes) > PIECE_RECORDS or begin:
             for start in range(0, len(hashes), PIECE_RECORDS) or (0,):
-                packed = self._pack(kept, hashes[start : start + PIECE_RECORDS], buckets)
+                piece = hashes[start : start + PIECE_RECORDS]
+                packed = self._pack(piece, index.records(kept.source, piece), buckets)
                 staged = await server.stage(kept.tag, author, generation, buckets, packed, begin=begin)
                 begin, pieces = False, pieces - 1
-                await self.slice()
+                await self.slice(_PIECE_PAUSE_S)
                 if isinstance(staged, Refusal):
                     return staged
                 if kept.dropped or kept.life != life or pieces < 0:
@@ -122,7 +125,7 @@ class Writing:
             hashes = self._collected(kept)
         upto = shard.checkpoint(step.epoch)
         facts = index.facts(kept.source)
-        packed = self._pack(kept, hashes, buckets)
+        packed = self._pack(hashes, index.records(kept.source, hashes), buckets)
         answer = await server.switch(
             kept.tag,
             author,
@@ -151,8 +154,18 @@ class Writing:
         hashes, kept.collected = sorted(kept.collected or ()), set()
         return hashes
 
-    def _pack(self, kept: KeptSource, hashes: Sequence[int], buckets: int) -> bytes:
-        records = self._index.records(kept.source, hashes)
+    def _changed(self, kept: KeptSource, hashes: Sequence[int]) -> list[bytes]:
+        """Records of changed hashes; most are ready."""
+        ready = kept.ready
+        records = [ready.pop(block_hash, None) for block_hash in hashes]
+        absent = [place for place, record in enumerate(records) if record is None]
+        if absent:
+            made = self._index.records(kept.source, [hashes[place] for place in absent])
+            for place, record in zip(absent, made, strict=True):
+                records[place] = record
+        return [record for record in records if record is not None]
+
+    def _pack(self, hashes: Sequence[int], records: list[bytes], buckets: int) -> bytes:
         if any(len(record) > MAX_RECORD_BYTES for record in records):  # thousands of places of one block
             records = [record if len(record) <= MAX_RECORD_BYTES else b"" for record in records]
         self.records += len(records)
