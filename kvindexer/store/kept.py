@@ -56,7 +56,8 @@ class KeptSource:
         """Make the records of hashes that have just changed, for the flush that is to come."""
         if len(self.ready) + len(hashes) > MOST_READY:
             self.ready.clear()
-        self.ready.update(zip(hashes, index.records(self.source, hashes), strict=True))
+        if len(hashes) <= MOST_READY:
+            self.ready.update(zip(hashes, index.records(self.source, hashes), strict=True))
 
     def withdrawn(self) -> None:
         """What a rewrite under way has staged is worthless."""
