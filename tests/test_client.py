@@ -408,7 +408,7 @@ def answering(*replies: bytes | Callable[[BaseHTTPRequestHandler], None]) -> Ite
 
 
 def reply(status: int, body: bytes, *headers: str) -> bytes:
-    lines = [f"HTTP/1.1 {status} Said", f"content-length: {len(body)}", *headers, "", ""]
+    lines = [f"HTTP/1.1 {status} Said", f"content-length: {len(body)}", "connection: close", *headers, "", ""]
     return "\r\n".join(lines).encode() + body
 
 
