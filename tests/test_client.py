@@ -391,7 +391,7 @@ def answering(*replies: bytes | Callable[[BaseHTTPRequestHandler], None]) -> Ite
             if callable(said):
                 said(self)
             else:
-                self.wfile.write(said)
+                self.wfile.write(said.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1))
 
         def log_message(self, *_: object) -> None:
             pass
@@ -408,7 +408,7 @@ def answering(*replies: bytes | Callable[[BaseHTTPRequestHandler], None]) -> Ite
 
 
 def reply(status: int, body: bytes, *headers: str) -> bytes:
-    lines = [f"HTTP/1.1 {status} Said", f"content-length: {len(body)}", "connection: close", *headers, "", ""]
+    lines = [f"HTTP/1.1 {status} Said", f"content-length: {len(body)}", *headers, "", ""]
     return "\r\n".join(lines).encode() + body
 
 
