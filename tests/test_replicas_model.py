@@ -146,7 +146,7 @@ class Replica:
                     if change.cleared:
                         self.stream.cleared(seq)
                     self.shard.applied(seq, xxh3_128_digest(payload), change.touched, self.machine.now)
-                    self.kept.touched(change.touched)
+                    self.kept.changed(change.touched, self.index, ours=self.shard.turn == 0)
                 case Withdraw(reason):
                     self.index.withdraw(SOURCE, TIERS)
                     self.kept.withdrawn()

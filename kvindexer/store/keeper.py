@@ -208,11 +208,7 @@ class RedisKeeper:
             self._changed_here(kept, touched)
 
     def _changed_here(self, kept: KeptSource, hashes: array[int]) -> None:
-        kept.touched(hashes)
-        if kept.shard.turn == 0 and self._reachable:
-            kept.make_ready(hashes, self._fleet.index)
-        elif kept.ready:
-            kept.ready.clear()
+        kept.changed(hashes, self._fleet.index, ours=kept.shard.turn == 0 and self._reachable)
 
     def withdrawn(self, source: str, reason: str) -> None:
         """See `Keeper.withdrawn`."""

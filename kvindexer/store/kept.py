@@ -47,16 +47,13 @@ class KeptSource:
         """Who writes, and of what."""
         return Author(writer, self.source, self.packed_spec, self.shard.registration)
 
-    def touched(self, hashes: array[int]) -> None:
-        """Remember what a rewrite under way has missed."""
+    def changed(self, hashes: array[int], index: Index, *, ours: bool) -> None:
+        """These records have just changed; `ours`: it is our turn to write them."""
         if self.collected is not None:
             self.collected.update(hashes)
-
-    def make_ready(self, hashes: array[int], index: Index) -> None:
-        """Make the records of hashes that have just changed, for the flush that is to come."""
-        if len(self.ready) + len(hashes) > MOST_READY:
+        if not ours or len(self.ready) + len(hashes) > MOST_READY:
             self.ready.clear()
-        if len(hashes) <= MOST_READY:
+        if ours and len(hashes) <= MOST_READY:
             self.ready.update(zip(hashes, index.records(self.source, hashes), strict=True))
 
     def withdrawn(self) -> None:
