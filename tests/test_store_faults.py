@@ -332,10 +332,11 @@ def test_a_cluster_holds_shards_of_many_sources(redis_cluster: Cluster) -> None:
                     traffic(engine, 10)
                 for engine, spec in zip(engines, specs, strict=True):
                     await kept(redis_cluster.url, one, spec, engine)
-            async with replica(redis_cluster.url, "b", sources=tuple(specs)) as other:
+            # the first look at a cluster takes several answers: what takes too long is a cold start, by design
+            async with replica(redis_cluster.url, "b", sources=tuple(specs), store_timeout_s=2.0) as other:
                 for engine, spec in zip(engines, specs, strict=True):
                     await kept(redis_cluster.url, other, spec, engine)
-                    assert engine.replay_requests[-1] > 0
+                    assert engine.replay_requests[-1] > 0, other.keeper.problems()
         finally:
             for engine in engines:
                 engine.stop()
