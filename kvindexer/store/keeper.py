@@ -325,8 +325,8 @@ class RedisKeeper:
 
     async def _news(self) -> list[tuple[str, Line]]:
         """Lines of the directory that this replica did not know."""
-        if self._changed == self._version:
-            return []
+        if self._changed and self._changed == self._version:
+            return []  # an empty directory has no version: flushed twice in a row, it would look unchanged
         version = self._changed
         found: dict[str, Line] = {}
         names, strange = self._server.names, False
