@@ -444,7 +444,6 @@ class RedisKeeper:
             if kept.shard.epoch is not None:
                 kept.stream.epoch = Epoch(kept.shard.epoch)
             if isinstance(step, Wait):
-                kept.why = step.why
                 if step is IN_STEP:
                     self._relief(kept.source)
                 continue
@@ -491,12 +490,10 @@ class RedisKeeper:
             self._problems[kept.source] = StoreProblem("unexpected", f"{kept.source}: a write failed", "see the log")
             return
         self.writes += 1
-        kept.why = type(step).__name__.lower()
         if refusal is None:
             self._relief(kept.source)
             return
         self.refusals += 1
-        kept.why = f"refused: {refusal.value}"
         if refusal is not Refusal.HELD:
             kept.shard.remote = None  # what was decided on is not there any more: the next beat reads it
 

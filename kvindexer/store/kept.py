@@ -38,10 +38,8 @@ class KeptSource:
         self.collected: set[int] | None = None
         """Hashes that change while a rewrite is under way."""
         self.ready: dict[int, bytes] = {}
-        """Records as they are now, of hashes that changed lately: made while what they are made of is at hand, which
-        takes a tenth of the time.  A hash that changes is made anew or not here at all."""
-        self.why = ""
-        """What was decided last."""
+        """Records as they are now, of hashes that changed lately: made while what they are made of is at hand.
+        A hash that changes is made anew or not here at all."""
 
     def author(self, writer: str) -> Author:
         """Who writes, and of what."""
