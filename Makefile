@@ -1,10 +1,10 @@
 # On a fresh machine: `make run` shows the service at work, `make replicas` several of them that share a Redis,
-# `make test` runs every test.
+# `make test` runs the tests, `make proof` the slower ones.
 # Needs a POSIX make, Python >= 3.11 and a package index. Stamps in .venv keep later runs from installing again.
 # ARGS goes to the command: make run ARGS="--port 8090", make test ARGS="-k settings".
 
 .POSIX:
-.PHONY: run replicas test lint format format-check types bench e2e-vllm clean help
+.PHONY: run replicas test proof lint format format-check types bench e2e-vllm clean help
 
 VENV = .venv
 VLLM_VENV = .venv-vllm
@@ -20,7 +20,10 @@ replicas: $(VENV)/dev.stamp
 	$(PYTHON_IN) -m kvindexer demo --replicas 3 $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(PYTHON_IN) -m pytest $(ARGS)
+	$(PYTHON_IN) -m pytest -m "not proof" $(ARGS)
+
+proof: $(VENV)/dev.stamp
+	$(PYTHON_IN) -m pytest -m proof $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(PYTHON_IN) -m ruff check . $(ARGS)
@@ -45,7 +48,7 @@ clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 help:
-	@echo "make run | replicas | test | lint | format | format-check | types | bench | e2e-vllm | clean"
+	@echo "make run | replicas | test | proof | lint | format | format-check | types | bench | e2e-vllm | clean"
 
 $(VENV)/made.stamp: scripts/find-python
 	python=$$(PYTHON="$(PYTHON)" sh scripts/find-python) && "$$python" -m venv --clear $(VENV)

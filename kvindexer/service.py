@@ -38,6 +38,7 @@ from kvindexer.events.keeping import Keeper, Nobody
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import Index, IndexLimits
 from kvindexer.settings import Settings
+from kvindexer.settings.tokenizer import key_of
 from kvindexer.store.connect import open_client
 from kvindexer.store.keeper import RedisKeeper
 from kvindexer.store.layout import Names
@@ -49,7 +50,6 @@ from kvindexer.tokenization.local import LocalTokenizer, UnusableTokenizerError
 from kvindexer.tokenization.remote import FAIR_SHARE, RemoteTokenizer
 from kvindexer.tokenization.texts import TextLimits, Texts
 from kvindexer.tokenization.tokenizer import Tokenizer
-from kvindexer.tokenizer_settings import key_of
 
 _log = logging.getLogger(__name__)
 

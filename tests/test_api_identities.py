@@ -11,7 +11,7 @@ import pytest
 from api_server import Api, serving
 from kvindexer.api.identities import MAX_REMEMBERED, Address, Identities, address_of
 from kvindexer.errors import SettingsError
-from kvindexer.source_settings import parse_source, source_of
+from kvindexer.settings.source import parse_source, source_of
 from kvindexer.store.layout import pack_spec, unpack_spec
 from kvindexer.types import SourceSpec
 

@@ -18,7 +18,7 @@ from api_server import Api, serving, until
 from kvindexer.errors import SettingsError
 from kvindexer.service import open_texts
 from kvindexer.settings import load_settings
-from kvindexer.tokenizer_settings import TokenizerSpec
+from kvindexer.settings.tokenizer import TokenizerSpec
 from tokenizing import FakeEngine, fake_engine, ids, make_tokenizer, reply
 
 SECRET = "Zanzibar"

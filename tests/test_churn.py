@@ -23,6 +23,8 @@ from kvindexer.testing import BlockRemoved, BlockStored, Event, FakeEngine, Pool
 from live import QUICK, Uncounted, agrees, connected, held, spec_of, until
 from proxied import flags
 
+pytestmark = pytest.mark.proof
+
 ROUNDS: Final = 9
 REQUESTS: Final = 560
 PROMPT_BLOCKS: Final = 100

@@ -26,7 +26,7 @@ from kvindexer.commands.deployment import Rates
 from kvindexer.commands.query import REASONS
 from kvindexer.commands.serve import overrides
 from kvindexer.errors import SettingsError
-from kvindexer.source_settings import parse_source
+from kvindexer.settings.source import parse_source
 from kvindexer.testing import read_recording
 
 if TYPE_CHECKING:

@@ -19,6 +19,8 @@ from kvindexer.types import SourceSpec
 from live import agrees, connected, held, spec_of, truth, until, with_fleet
 from proxied import SMALL, ProxiedEngine, flags, held_at, report, traffic
 
+pytestmark = pytest.mark.proof
+
 WHOLE = LinkFaults()
 
 

@@ -234,6 +234,7 @@ def breaches(history: Sequence[Entry]) -> list[Breach]:
     return [breach for validator in ALL if (breach := validator(history)) is not None]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("seed", range(6))
 def test_a_faulty_run_keeps_every_promise(seed: int) -> None:
     """P1 to P9, over real sockets."""

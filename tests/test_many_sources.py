@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from children import Child
 from kvindexer.events.fleet import LiveFleet
 from kvindexer.service import DESCRIPTORS_A_SOURCE
@@ -18,6 +20,8 @@ from kvindexer.types import SourceSpec
 from live import agrees, connected, spec_of, until, with_fleet
 from proxied import SMALL, flags, report, traffic
 from publisher_farm import BLOCK_SIZE, digest, use_all_descriptors
+
+pytestmark = pytest.mark.proof
 
 SOURCES = 1_000
 SPARE_DESCRIPTORS = 500

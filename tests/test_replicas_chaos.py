@@ -29,6 +29,8 @@ from served import Served
 from servers import HOST, Server
 from test_store_faults import restore, save
 
+pytestmark = pytest.mark.proof
+
 WHOLE = LinkFaults()
 FAULTS = (LinkFaults(stall=True), LinkFaults(down=True), LinkFaults(reset=True), LinkFaults(latency_s=0.1))
 STEPS = 24

@@ -34,6 +34,8 @@ from kvindexer.testing import BlockPool, Vllm
 from kvindexer.types import TIERS, Epoch, SourceSpec, Tier
 from servers import Server
 
+pytestmark = pytest.mark.proof
+
 NAMES = ("a", "b", "c")
 SPEC = SourceSpec(instance="pod", model="m", block_size=2, endpoint="tcp://engine:1", replay="tcp://engine:2")
 SOURCE = SPEC.endpoint

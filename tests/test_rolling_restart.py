@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import httpx
+import pytest
 
 from api_server import NO_CERTIFICATES
 from kvindexer.testing import Backend, Balancer, FakeEngine, FaultProxy, LinkFaults, PoolShape
@@ -32,6 +33,8 @@ from live import agrees, spec_of, until
 from replicas import eventually, kept, replica
 from served import Served
 from servers import HOST, Server
+
+pytestmark = pytest.mark.proof
 
 REPLICAS = 3
 ENGINES = 6

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kvindexer.errors import SettingsError
-from kvindexer.settings import Settings, load_settings, markdown_table
-from kvindexer.source_settings import ALIASES, parse_source
+from kvindexer.settings import Settings, load_settings
+from kvindexer.settings.source import ALIASES, parse_source
+from kvindexer.settings.table import markdown_tables
 from kvindexer.types import SourceSpec
 
 ROOT = Path(__file__).parent.parent
@@ -271,11 +272,11 @@ def test_the_examples_of_the_documentation_can_be_used(page: str, tmp_path: Path
 
 def test_every_field_of_a_source_is_documented() -> None:
     text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    table = text[text.index("## Sources") :]
+    table = text[text.index("\n## Sources\n") :]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(SourceSpec.__dataclass_fields__)
     assert all(f"`{alias}`" in table for alias in ALIASES)
 
 
 def test_the_documented_table_is_what_the_code_says() -> None:
     documented = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert markdown_table() in documented
+    assert markdown_tables() in documented

@@ -16,7 +16,7 @@ from kvindexer.api.lookup import DEFAULT_TENANT
 from kvindexer.api.rfc_schemas import one_of
 from kvindexer.api.schemas import MAX_NAME, Name, Size, Text
 from kvindexer.errors import RequestError, SettingsError
-from kvindexer.source_settings import check_source
+from kvindexer.settings.source import check_source
 from kvindexer.types import SOURCE_TYPES, SourceSpec, SourceType
 
 Rank = Annotated[int, Meta(ge=0, le=2**31 - 1)]

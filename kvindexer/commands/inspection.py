@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvindexer.commands.tables import cell, console, fitting_table, table
 from kvindexer.index import facts
-from kvindexer.source_settings import HIDDEN
+from kvindexer.settings.source import HIDDEN
 from kvindexer.store.directory import Kind
 from kvindexer.store.layout import pack_spec
 

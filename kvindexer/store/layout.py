@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 from xxhash import xxh3_64_hexdigest
 
 from kvindexer.errors import SettingsError
-from kvindexer.source_settings import source_of
+from kvindexer.settings.source import source_of
 from kvindexer.types import SourceSpec
 
 LAYOUT: Final = 1

@@ -8,7 +8,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from kvindexer.errors import SettingsError
-from kvindexer.source_settings import short
+from kvindexer.settings.source import short
 
 MAX_ENGINES: Final = 1024
 

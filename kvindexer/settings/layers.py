@@ -1,0 +1,107 @@
+"""Where settings come from.
+
+    defaults  <  KVINDEXER_... variables  <  the YAML file of --config  <  flags
+
+A layer replaces a value as a whole; only `tier_weights` and `media` add to what is built in.  Whatever is wrong, in
+whichever layer, comes out as one `SettingsError` that names the key, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import yaml
+from pydantic import SecretStr, ValidationError
+
+from kvindexer.errors import SettingsError
+from kvindexer.settings.source import HIDDEN, short
+from kvindexer.settings.whole import Settings
+from kvindexer.store.address import without_password
+
+ENV_PREFIX: Final = "KVINDEXER_"
+
+
+def load_settings(config: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+    """Stack the layers.  Raises nothing but SettingsError."""
+    layers = (_environment(environ), _yaml_file(config) if config else {}, overrides)
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values.update(layer)
+    for key, value in values.items():
+        if key not in Settings.model_fields:
+            raise SettingsError(str(key), short(value), _known_settings(str(key)))
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name, *inside = first["loc"]
+        key = str(name) + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inside)
+        expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        raise SettingsError(key, _shown(str(name), first["input"]), expected) from None
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables with our prefix; those that Kubernetes sets for a service named kvindexer aren't meant for us."""
+    return {
+        name.removeprefix(ENV_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(ENV_PREFIX) and not _is_service_link(name, value)
+    }
+
+
+_LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """KVINDEXER_SERVICE_HOST, KVINDEXER_PORT=tcp://10.0.0.1:8090, KVINDEXER_PORT_8090_TCP and their like."""
+    return bool(_LINK_NAME.search(name)) or (name.endswith("_PORT") and bool(_LINK_VALUE.match(value)))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win without a word; here it is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen if isinstance(key, yaml.ScalarNode) else False:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_file(config: Path) -> dict[str, Any]:
+    shown = str(config)
+    try:
+        with config.open("rb") as file:
+            content = yaml.load(file, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise SettingsError("config", shown, f"a readable file ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or "it can't be read"
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise SettingsError("config", shown, f"YAML ({problem}{place})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError("config", shown, "a YAML map of settings")
+    return content
+
+
+def _known_settings(key: str) -> str:
+    near = difflib.get_close_matches(key, Settings.model_fields, n=1)
+    return f"a known setting; did you mean {near[0]}?" if near else "a known setting (docs/settings.md lists them)"
+
+
+def _shown(name: str, value: object) -> object:
+    """Hide secrets and cut what would flood a terminal."""
+    field = Settings.model_fields.get(name)
+    secret = field is not None and SecretStr in (field.annotation, *get_args(field.annotation))
+    if name == "store":
+        return without_password(str(value))
+    return HIDDEN if secret else short(value)
