@@ -1,7 +1,7 @@
 """Everything an operator can choose, in one frozen object.
 
     values      kinds of values: counts, sizes, times
-    serving, requests, streams, holding, storing, texts, learning
+    serving, requests, streams, holding, storing, texts, learning, discovering
                 the settings themselves, a group a file
     whole       the groups put together: `Settings`
     layers      defaults, variables, file and flags, stacked: `load_settings`

@@ -14,6 +14,7 @@ from pydantic import BaseModel, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvindexer.errors import SettingsError
+from kvindexer.settings.discovering import Discovering
 from kvindexer.settings.holding import Holding
 from kvindexer.settings.learning import Learning
 from kvindexer.settings.requests import Requests
@@ -27,11 +28,20 @@ from kvindexer.settings.tokenizer import key_of
 if TYPE_CHECKING:
     from pydantic_settings import PydanticBaseSettingsSource
 
-GROUPS: Final[tuple[type[BaseModel], ...]] = (Serving, Requests, Streams, Holding, Storing, Texts, Learning)
+GROUPS: Final[tuple[type[BaseModel], ...]] = (
+    Serving,
+    Requests,
+    Streams,
+    Holding,
+    Storing,
+    Texts,
+    Learning,
+    Discovering,
+)
 """As docs/settings.md lists them."""
 
 
-class Settings(Serving, Requests, Streams, Holding, Storing, Texts, Learning, BaseSettings):
+class Settings(Serving, Requests, Streams, Holding, Storing, Texts, Learning, Discovering, BaseSettings):
     """One frozen object, handed down from `service.run`; the fields of the groups are the documentation."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
