@@ -24,6 +24,7 @@ from kvindexer.settings.storing import Storing
 from kvindexer.settings.streams import Streams
 from kvindexer.settings.texts import Texts
 from kvindexer.settings.tokenizer import key_of
+from kvindexer.settings.watching import Watching
 
 if TYPE_CHECKING:
     from pydantic_settings import PydanticBaseSettingsSource
@@ -37,11 +38,12 @@ GROUPS: Final[tuple[type[BaseModel], ...]] = (
     Texts,
     Learning,
     Discovering,
+    Watching,
 )
 """As docs/settings.md lists them."""
 
 
-class Settings(Serving, Requests, Streams, Holding, Storing, Texts, Learning, Discovering, BaseSettings):
+class Settings(Serving, Requests, Streams, Holding, Storing, Texts, Learning, Discovering, Watching, BaseSettings):
     """One frozen object, handed down from `service.run`; the fields of the groups are the documentation."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
