@@ -19,6 +19,7 @@ from secrets import token_hex
 from typing import Protocol
 
 from kvindexer.errors import ConflictError, KvIndexerError, WireError
+from kvindexer.events.configured import Difference
 from kvindexer.events.keeping import Keeper, Nobody, StoreFigures, StoreProblem
 from kvindexer.events.listing import Listing, is_listing
 from kvindexer.events.sockets import SubscriberSettings
@@ -105,6 +106,10 @@ class LiveFleet:
         self._listings: dict[str, Listing] = {}
         self._listing_changes = 0
         self._awaited: set[str] = set()
+        self._configured: set[str] = set()
+        """What is followed because the settings name it."""
+        self._asked_for: set[str] = set()
+        """What was registered over HTTP, here or at another replica."""
         self._ready = False
         self.changes = ChangeLog(self.index, settings.changes_max_bytes, token_hex(8))
         """What has changed of late, for those who follow it."""
@@ -135,6 +140,7 @@ class LiveFleet:
             async with self._keeper.running(self) as registered:
                 for spec in settings.sources:
                     self._register(spec)
+                    self._configured.add(self._name(spec))
                 for spec in registered:
                     self._register_found(spec)
                 self._awaited = {*self._sources, *self._listings}
@@ -183,9 +189,41 @@ class LiveFleet:
         An HTTP address stands for the publishers that the engine there lists.
         """
         new = self._register(spec)
+        self._asked_for.add(self._name(spec))
         if new:
             self._keeper.registered(self._registry.identity(spec), spec)
         return new
+
+    def _name(self, spec: SourceSpec) -> str:
+        """What a source, or an engine that lists its own, is known by."""
+        return spec.endpoint if is_listing(spec.endpoint) else self._registry.identity(spec)
+
+    def reconfigure(self, difference: Difference) -> list[tuple[SourceSpec, KvIndexerError]]:
+        """Follow what the settings name now; returns what can't be followed, and why.
+
+        Sources that somebody registered stay, also those that the settings named as well.
+        """
+        for spec in difference.gone:
+            name = self._name(spec)
+            if name in self._configured:
+                self._configured.discard(name)
+                if name not in self._asked_for:
+                    self._hang_up(name)
+        refused = []
+        for spec in difference.come:
+            try:
+                self._register(spec)
+            except KvIndexerError as error:
+                refused.append((spec, error))
+            else:
+                self._configured.add(self._name(spec))
+                self._await(spec)
+        return refused
+
+    def _await(self, spec: SourceSpec) -> None:
+        """A source that became known before we were ready is waited for, like those known at start."""
+        if not self._ready:
+            self._awaited.add(self._name(spec))
 
     def _register(self, spec: SourceSpec) -> bool:
         if is_listing(spec.endpoint):
@@ -198,6 +236,8 @@ class LiveFleet:
             self._register(spec)
         except KvIndexerError as error:
             _log.warning("source %s of the store is not followed: %s", spec.endpoint, error)
+        else:
+            self._asked_for.add(self._name(spec))
 
     def _list(self, spec: SourceSpec) -> bool:
         known = self._listings.get(spec.endpoint)
@@ -284,6 +324,7 @@ class LiveFleet:
         for listing in listings:
             listing.cancel()
             del self._listings[listing.spec.endpoint]
+            self._disown(listing.spec.endpoint)
             self._listing_changes += 1
             self._keeper.unregistered(listing.spec.endpoint)
         removed = self._registry.unregister(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
@@ -298,6 +339,7 @@ class LiveFleet:
             if self._subscriber is not None:
                 self._subscriber.remove(source)
             self._keeper.forget(source)
+            self._disown(source)
             self.changes.forgotten(source)
             self.index.detach(source)
             known = self._sources.pop(source)
@@ -306,6 +348,23 @@ class LiveFleet:
                 del self._by_instance[spec.instance]
             self._statuses.pop(spec.instance, None)
             _log.info("source %s unregistered: instance %s, model %s", source, spec.instance, spec.model)
+
+    def _hang_up(self, name: str) -> None:
+        """Forget a source, or an engine that lists its own and what it has listed."""
+        listing = self._listings.pop(name, None)
+        if listing is not None:
+            self._disown(name)
+            self._listing_changes += 1
+            listing.cancel()
+            for listed in listing.sources:
+                self._forget(listed)
+        spec = self._registry.remove(name)
+        if spec is not None:
+            self._drop([(name, spec)])
+
+    def _disown(self, name: str) -> None:
+        self._configured.discard(name)
+        self._asked_for.discard(name)
 
     # Kept
 
@@ -322,20 +381,12 @@ class LiveFleet:
     def register_shared(self, spec: SourceSpec) -> None:
         """See `Kept.register_shared`."""
         self._register(spec)
-        if not self._ready:  # the store was out of reach when we started
-            self._awaited.add(spec.endpoint if is_listing(spec.endpoint) else self._registry.identity(spec))
+        self._asked_for.add(self._name(spec))
+        self._await(spec)  # the store may have been out of reach when we started
 
     def unregister_shared(self, source: str) -> None:
         """See `Kept.unregister_shared`."""
-        listing = self._listings.pop(source, None)
-        if listing is not None:
-            self._listing_changes += 1
-            listing.cancel()
-            for listed in listing.sources:
-                self._forget(listed)
-        spec = self._registry.remove(source)
-        if spec is not None:
-            self._drop([(source, spec)])
+        self._hang_up(source)
 
     def problems(self) -> Sequence[StoreProblem]:
         """What is wrong with the durable copy."""
@@ -412,6 +463,9 @@ class LiveFleet:
             blocks=stats.blocks,
             stored=self._keeper.stored(known.source),
             accuracy=known.accuracy.figures,
+            unfilled=stream.unfilled,
+            gap_open=stream.gap_open,
+            verified_s=None if stream.verified_at is None else round(now - stream.verified_at, 3),
         )
 
     def feedback(
