@@ -14,6 +14,7 @@ from pydantic import BaseModel, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvindexer.errors import SettingsError
+from kvindexer.settings.access import CLOSED_DOOR, Access, is_loopback
 from kvindexer.settings.discovering import Discovering
 from kvindexer.settings.holding import Holding
 from kvindexer.settings.learning import Learning
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 GROUPS: Final[tuple[type[BaseModel], ...]] = (
     Serving,
     Requests,
+    Access,
     Streams,
     Holding,
     Storing,
@@ -43,7 +45,9 @@ GROUPS: Final[tuple[type[BaseModel], ...]] = (
 """As docs/settings.md lists them."""
 
 
-class Settings(Serving, Requests, Streams, Holding, Storing, Texts, Learning, Discovering, Watching, BaseSettings):
+class Settings(
+    Serving, Requests, Access, Streams, Holding, Storing, Texts, Learning, Discovering, Watching, BaseSettings
+):
     """One frozen object, handed down from `service.run`; the fields of the groups are the documentation."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
@@ -59,6 +63,12 @@ class Settings(Serving, Requests, Streams, Holding, Storing, Texts, Learning, Di
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take values from the constructor only: `load_settings` stacks the layers, where the order is seen."""
         return (init_settings,)
+
+    @model_validator(mode="after")
+    def _the_door_is_closed_or_said_to_be_open(self) -> Self:
+        if self.auth is None and not self.closed and not is_loopback(self.host):
+            raise SettingsError("auth", None, f"{CLOSED_DOOR} (host is {self.host})")
+        return self
 
     @model_validator(mode="after")
     def _engines_are_allowed(self) -> Self:
