@@ -15,6 +15,17 @@ INSTANCES = ("a", "b")
 TRUNK = tuple(range(1, 9))
 
 
+def waits(overlay: Speculation, space: Keyspace) -> list[tuple[int, str]]:
+    """Every block and every instance that waits for it."""
+    awaited = overlay.awaited(space)
+    if awaited is None:
+        return []
+    assert all(awaited.waiting.values())
+    return sorted(
+        (key, who) for key, mask in awaited.waiting.items() for who, bit in awaited.bits.items() if mask & bit
+    )
+
+
 @dataclass
 class Oracle:
     """Every routing with what is left of it; a block is there while any living routing names it."""
@@ -69,9 +80,7 @@ def test_after_any_sequence_the_overlay_is_what_a_count_of_references_would_be(
                 assert set(overlay.instances(where).get(who, ())) == oracle.held(where, who)
                 assert overlay.awaits(who) == any(oracle.held(each, who) for each in SPACES)
             receivers = [(key, who) for who in INSTANCES for key in oracle.held(where, who)]
-            assert sorted((key, who) for key, names in overlay.receivers(where).items() for who in names) == sorted(
-                receivers
-            )
+            assert waits(overlay, where) == sorted(receivers)
         assert overlay.alive or not any(keys for *_, keys, _ in oracle.routings)
     overlay.expire(now + 5)
     assert (overlay.alive, overlay.references, overlay.blocks) == (False, 0, 0)

@@ -206,7 +206,7 @@ class RowMaker:
         details = _by_rank(found, ranking.weights) if ranking.by_rank else None
         joiner = self._joiners[listed is not None, ranking.by_rank, ahead is not None]
         join, spelled = joiner.between.join, None if listed is None else listed.spelled
-        around = self._around
+        around, reaching = self._around, self._soon
         shown = entries[: ranking.most]
         statuses = self._fleet.each_status([entry[1] for entry in shown])
         rows = []
@@ -214,14 +214,13 @@ class RowMaker:
             known, name, trust = around.get(instance if spelled is None else (instance, spelled[instance]), _NOBODY)
             if known is not status:
                 name, trust = self._surround(instance, spelled, status)
-            figures = shape.encoded
-            if ahead is not None:
-                soon = ahead.get(instance)
-                if soon is None or soon.tokens <= shape.matched:
-                    figures = shape.alone
-                else:
-                    figures = join((figures, self._reaching(soon.tokens)))
-            pieces: tuple[bytes, ...] = (name, figures, trust)
+            pieces: tuple[bytes, ...]
+            if ahead is None:
+                pieces = (name, shape.encoded, trust)
+            elif (soon := ahead.get(instance)) is None or soon.tokens <= shape.matched:
+                pieces = (name, shape.alone, trust)
+            else:
+                pieces = (name, shape.encoded, reaching.get(soon.tokens) or self._reaching(soon.tokens), trust)
             if details is not None:
                 pieces += (piece(self._form, _ByRank(details.get(instance, {}))),)
             rows.append(join(pieces))

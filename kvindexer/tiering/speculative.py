@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import Literal
 
+from kvindexer.tiering.awaited import Awaited
 from kvindexer.types import Keyspace
 
 _Place = tuple[Keyspace, str]
@@ -45,8 +46,8 @@ class Speculation:
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
         self._held: dict[Keyspace, dict[str, dict[int, _Routing]]] = {}
-        self._receivers: dict[Keyspace, dict[int, tuple[str, ...]]] = {}
-        """The instances that each block is on its way to; so that most questions end with one look."""
+        self._awaited: dict[Keyspace, Awaited] = {}
+        """The same the other way round, which is what questions need."""
         self._routings: dict[_Name, _Routing] = {}
         self._ends: list[tuple[_Order, _Routing]] = []
         """A heap with one entry a routing, at the end that it had when it was put there."""
@@ -96,14 +97,13 @@ class Speculation:
         else:
             order = routing.order = max(routing.order, order)
         held = self._held.setdefault(keyspace, {}).setdefault(instance, {})
-        receivers, alone = self._receivers.setdefault(keyspace, {}), (instance,)
+        awaited = self._awaited.get(keyspace)
+        if awaited is None:
+            awaited = self._awaited[keyspace] = Awaited()
+        awaited.add(instance, [key for key in dict.fromkeys(routing.keys) if key not in held])
         for key in routing.keys:
             other = held.get(key)
-            if other is None:
-                others = receivers.get(key)
-                receivers[key] = alone if others is None else others + alone
-                held[key] = routing
-            elif other.order < order:
+            if other is None or other.order < order:
                 held[key] = routing
         return len(keys)
 
@@ -139,20 +139,15 @@ class Speculation:
         held = instances.get(instance)
         if held is None:
             return 0
-        receivers, before = self._receivers[keyspace], len(held)
-        for key in keys:
-            if held.pop(key, None) is not None:
-                others = tuple(other for other in receivers[key] if other != instance)
-                if others:
-                    receivers[key] = others
-                else:
-                    del receivers[key]
-        gone = before - len(held)
+        awaited = self._awaited[keyspace]
+        gone = [key for key in keys if held.pop(key, None) is not None]
+        awaited.drop(instance, gone)
         if not held:
+            awaited.leave(instance)
             del instances[instance]
             if not instances:
-                del self._held[keyspace], self._receivers[keyspace]
-        return gone
+                del self._held[keyspace], self._awaited[keyspace]
+        return len(gone)
 
     def awaits(self, instance: str) -> bool:
         """Whether any block of the instance waits for its event; cheap."""
@@ -162,6 +157,6 @@ class Speculation:
         """Instances with speculative blocks, and the keys of those."""
         return self._held.get(keyspace, {})
 
-    def receivers(self, keyspace: Keyspace) -> Mapping[int, Collection[str]]:
-        """Blocks that are on their way, and the instances that each will come to."""
-        return self._receivers.get(keyspace, {})
+    def awaited(self, keyspace: Keyspace) -> Awaited | None:
+        """Blocks that are on their way, and the instances that wait for each; None: there are none."""
+        return self._awaited.get(keyspace)
