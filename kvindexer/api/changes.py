@@ -23,6 +23,8 @@ from kvindexer.api.errors import RefusedError
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.limits import RETRY_AFTER_S
 from kvindexer.api.lookup import DEFAULT_TENANT, KnownModels, keyspaces
+from kvindexer.api.metrics import Metrics
+from kvindexer.api.openapi import reference
 from kvindexer.errors import RequestError
 from kvindexer.index.seam import Index
 from kvindexer.index.topology import is_store
@@ -114,8 +116,26 @@ _DESCRIPTION: Final = (
     "absolute.  Hashes and keys are 64-bit integers, which JavaScript and the like can't read exactly.  Lines that "
     "begin with a colon are signs of life."
 )
+_NAMES: Final[dict[type[msgspec.Struct], str]] = {
+    ResetEvent: "reset",
+    BlocksEvent: "blocks",
+    GoneEvent: "gone",
+    PositionEvent: "position",
+    EndEvent: "end",
+}
+
+
+def _event_schema(kind: type[msgspec.Struct], name: str) -> dict[str, Any]:
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": reference(kind)}
+    position = {"id": {"type": "string"}} if kind is PositionEvent else {}
+    properties = {"event": {"const": name}, "data": data, **position}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+# `itemSchema`, one event: OpenAPI 3.2 has it, FastAPI writes it in 3.1
+_ITEMS: Final = {"oneOf": [_event_schema(kind, name) for kind, name in _NAMES.items()]}
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"description": "The stream", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"description": "The stream", "content": {"text/event-stream": {"itemSchema": _ITEMS}}}
 }
 
 
@@ -129,6 +149,7 @@ class Stream(Response):
         self._woken = woken
         self._streams = end
         self._gone = False
+        self._ended = "hung_up"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI
         """Tell until the client goes, is too slow, or we go."""
@@ -143,10 +164,10 @@ class Stream(Response):
             async with asyncio.timeout(patience_s):
                 await send({"type": "http.response.body", "body": b""})
         except TimeoutError:
-            pass  # it takes nothing: there is no way to tell it so, and the server hangs up
+            self._ended = "took_nothing"  # there is no way to tell it so; the server hangs up
         finally:
             listening.cancel()
-            self._streams.ended(self._follower)
+            self._streams.ended(self._follower, self._ended)
 
     async def _listen(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -160,13 +181,15 @@ class Stream(Response):
         moved, first = True, True
         while not self._gone:
             if self._streams.leaving:
-                yield _event("end", EndEvent("leaving"))
+                self._ended = "leaving"
+                yield _event(EndEvent("leaving"))
                 return
             self._woken.clear()
             try:
                 piece = self._follower.step()
             except TooSlowError:
-                yield _event("end", EndEvent("too_slow"))
+                self._ended = "too_slow"
+                yield _event(EndEvent("too_slow"))
                 return
             now = monotonic()
             if piece is not None:
@@ -174,7 +197,7 @@ class Stream(Response):
                 spoke_at, moved = now, True
             if moved and (now - told_at >= POSITION_EVERY_S or (first and piece is None)):
                 position = self._follower.position
-                yield _event("position", PositionEvent(len(position.marks)), written(position))
+                yield _event(PositionEvent(len(position.marks)), written(position))
                 spoke_at, told_at, moved, first = now, now, piece is not None, False
             if piece is not None:
                 await asyncio.sleep(0)  # others have their turn between pieces
@@ -196,8 +219,9 @@ class Stream(Response):
 class Streams:
     """All streams of a service."""
 
-    def __init__(self, settings: Settings, fleet: Fleet) -> None:
+    def __init__(self, settings: Settings, fleet: Fleet, metrics: Metrics) -> None:
         self._fleet = fleet
+        self._metrics = metrics
         self._most = max(1, min(settings.max_change_streams, settings.max_concurrent_requests // 2))
         self._open = 0
         self.heartbeat_s = settings.changes_heartbeat_s
@@ -227,16 +251,17 @@ class Streams:
         self._open += 1
         return Stream(self._fleet.changes.follow(fits, since, woken.set), woken, self)
 
-    def ended(self, follower: Follower) -> None:
+    def ended(self, follower: Follower, reason: str) -> None:
         """A client has gone."""
         self._open -= 1
+        self._metrics.stream_ended(reason)
         self._fleet.changes.unfollow(follower)
 
 
-def routes(settings: Settings, index: Index, fleet: Fleet, models: KnownModels) -> APIRouter:
+def routes(settings: Settings, index: Index, fleet: Fleet, models: KnownModels, metrics: Metrics) -> APIRouter:
     """The one route."""
     router = APIRouter(tags=["Offload"])
-    streams = Streams(settings, fleet)
+    streams = Streams(settings, fleet, metrics)
 
     @router.get(
         "/v1/changes",
@@ -269,19 +294,19 @@ def _position(text: str | None) -> Position | None:
         ) from None
 
 
-def _event(name: str, data: msgspec.Struct, position: str | None = None) -> bytes:
+def _event(data: msgspec.Struct, position: str | None = None) -> bytes:
     head = b"" if position is None else b"id: " + position.encode() + b"\n"
-    return head + b"event: " + name.encode() + b"\ndata: " + _encode(data) + b"\n\n"
+    return head + b"event: " + _NAMES[type(data)].encode() + b"\ndata: " + _encode(data) + b"\n\n"
 
 
 def _written(piece: Told) -> bytes:
     match piece:
         case Gone():
-            return _event("gone", GoneEvent(piece.source))
+            return _event(GoneEvent(piece.source))
         case Reset():
-            return _event("reset", _reset(piece))
+            return _event(_reset(piece))
         case Blocks():
-            return _event("blocks", _blocks(piece))
+            return _event(_blocks(piece))
 
 
 def _reset(piece: Reset) -> ResetEvent:

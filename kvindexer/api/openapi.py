@@ -44,7 +44,7 @@ class HotRoute(NamedTuple):
 
 def request_body(kind: type[msgspec.Struct]) -> dict[str, Any]:
     """Description of a route that reads its body itself."""
-    return {"requestBody": {"required": True, "content": {JSON: {"schema": _ref(kind)}}}}
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": reference(kind)}}}}
 
 
 def answer_body(kind: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -89,7 +89,7 @@ def _operation(route: HotRoute) -> dict[str, Any]:
     shapes = [_schema(kind) for kind in route.answers]
     schema = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
     forms = (JSON, MSGPACK) if route.msgpack else (JSON,)
-    content = {form: {"schema": _ref(route.request)} for form in forms}
+    content = {form: {"schema": reference(route.request)} for form in forms}
     return {
         "summary": route.summary,
         "description": route.description,
@@ -106,13 +106,14 @@ def _errors(operation: Mapping[str, Any]) -> dict[str, Any]:
     if "requestBody" in operation:
         statuses = ERRORS
     return {
-        status: {"description": ERRORS[status], "content": {JSON: {"schema": _ref(ErrorAnswer)}}}
+        status: {"description": ERRORS[status], "content": {JSON: {"schema": reference(ErrorAnswer)}}}
         for status in statuses
         if status not in operation["responses"]
     }
 
 
-def _ref(kind: type) -> dict[str, Any]:
+def reference(kind: type) -> dict[str, Any]:
+    """A struct that the document describes elsewhere."""
     return {"$ref": _REF.format(name=kind.__name__)}
 
 
