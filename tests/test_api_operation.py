@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from kvindexer.api.metrics import MAX_LABELS, Metrics
 from kvindexer.index.seam import Change
 
 PROMPT = list(range(40))
-DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture
@@ -302,27 +300,6 @@ def test_latencies_fall_into_the_bucket_that_holds_them() -> None:
     assert buckets[str(LATENCY_BOUNDS_S[0])] == "2.0"
     assert (buckets["0.001"], buckets["0.0025"]) == ("2.0", "3.0")
     assert (buckets[str(LATENCY_BOUNDS_S[-1])], buckets["+Inf"]) == ("3.0", "4.0")
-
-
-def test_docs_metrics_lists_every_metric_as_it_is(api: Api) -> None:
-    rows = re.findall(
-        r"^\| `(kvindexer_\w+)` \| (\w+) \|([^|]*)\| (.*) \|$", (DOCS / "metrics.md").read_text(), re.MULTILINE
-    )
-    documented = [(name, kind, tuple(re.findall(r"`(\w+)`", labels)), text) for name, kind, labels, text in rows]
-    api.add("pod-a")
-    api.metrics.skipped({"x": 1})
-    api.metrics.withdrawn("x", 1)
-    api.metrics.answered("/query", 200, 0.1)
-    api.metrics.text("tokenized")
-    api.fleet.figures = StoreFigures(shards={"in_step": 1})
-    api.fleet.troubles = [StoreProblem("evicts", "", "")]
-    in_code = []
-    for family in api.metrics.collect():
-        sample = family.samples[0]
-        labels = tuple(name for name in sample.labels if name != "le")
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        in_code.append((name, family.type, labels, family.documentation))
-    assert documented == in_code
 
 
 # OpenAPI

@@ -165,7 +165,7 @@ def create_app(
         sources.routes(fleet, metrics, index),
         tiers.routes(fleet),
         heat.routes(heat.HeatViews(index, counts, models)),
-        changes.routes(settings, index, fleet, models),
+        changes.routes(settings, index, fleet, models, metrics),
         health.routes(fleet, metrics),
     )
     for router in routers:
@@ -188,7 +188,8 @@ def create_app(
     )
     app: ASGIApp = HotRoutes(handlers, calls, rest)
     app = BodyReader(app, settings.max_body_bytes, settings.receive_timeout_s)
-    app = ConcurrencyLimit(app, settings.max_concurrent_requests)
+    app = limit = ConcurrencyLimit(app, settings.max_concurrent_requests)
+    metrics.watch_bounds(settings.max_entries, lambda: limit.figures)
     paths = {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
     return Shield(app, metrics, paths.union(handlers, calls))
 

@@ -24,6 +24,11 @@ class ConcurrencyLimit:
         self._most = max_concurrent_requests
         self._open = 0
 
+    @property
+    def figures(self) -> tuple[int, int]:
+        """Requests that are open, and the most that may be."""
+        return self._open, self._most
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request in, or raise RefusedError."""
         if scope["type"] != "http" or scope["path"] in PROBES:

@@ -9,16 +9,18 @@ Invariant: a counter never falls, whatever sources come and go.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import monotonic
 from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from kvindexer import __version__
 from kvindexer.api.counting import Accumulated, Latencies
 from kvindexer.api.fleet import Fleet, SourceReport, StoreFigures, StoreProblem
 from kvindexer.index.seam import Change
+from kvindexer.tiering.changes import ChangeLog
 from kvindexer.tiering.feedback import OUTCOMES, Outcome
 from kvindexer.tiering.heat import HeatCounts
 from kvindexer.tiering.speculative import Speculation
@@ -26,6 +28,10 @@ from kvindexer.types import TIERS
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 STATES: Final = ("syncing", "live", "stale", "gone")
+STREAM_ENDS: Final = ("hung_up", "leaving", "too_slow", "took_nothing")
+"""How a stream of /v1/changes ends: the follower went, we go, it fell behind what is kept, or took nothing."""
+RELOADS: Final = ("applied", "partial", "refused")
+"""What becomes of a configuration that is read again."""
 MAX_LABELS: Final = 64
 """Different values of one label, at most; further ones are counted as `other`."""
 
@@ -47,11 +53,18 @@ class Metrics:
         self._answers: Counter[tuple[str, int]] = Counter()
         self._latencies: dict[str, Latencies] = {}
         self._gaps = Accumulated()
+        self._unfilled = Accumulated()
         self._replays = Accumulated()
+        self._unreadable = Accumulated()
+        self._streams: Counter[str] = Counter(dict.fromkeys(STREAM_ENDS, 0))
+        self._max_entries = 0
+        self._requests: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._feedback: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
         self._predicted_tokens = 0
         self._cached_tokens = 0
         self._doubts = 0
+        self._reloads: Counter[str] = Counter(dict.fromkeys(RELOADS, 0))
+        self._reloaded_whole = True
         self._fleet: Fleet | None = None
         self._speculation: Speculation | None = None
         self._heat: HeatCounts | None = None
@@ -66,6 +79,10 @@ class Metrics:
     def watch_tiering(self, speculation: Speculation, heat: HeatCounts) -> None:
         """Take the figures of what is routed and of what is asked for from these."""
         self._speculation, self._heat = speculation, heat
+
+    def watch_bounds(self, max_entries: int, requests: Callable[[], tuple[int, int]]) -> None:
+        """Take what is full or nearly so from these; `requests` says how many are open, and how many may be."""
+        self._max_entries, self._requests = max_entries, requests
 
     def render(self) -> bytes:
         """The whole as text."""
@@ -110,6 +127,15 @@ class Metrics:
         self._cached_tokens += cached_tokens
         self._doubts += doubted
 
+    def stream_ended(self, reason: str) -> None:
+        """A stream of /v1/changes is over; `reason` is one of `STREAM_ENDS`."""
+        self._streams[reason] += 1
+
+    def reloaded(self, outcome: str) -> None:
+        """The configuration was read again; `outcome` is one of `RELOADS`."""
+        self._reloads[outcome] += 1
+        self._reloaded_whole = outcome == "applied"
+
     def answered(self, route: str, status: int, seconds: float | None) -> None:
         """A request was answered; `route` is one of our paths, never what the caller wrote.
 
@@ -127,6 +153,9 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Every metric; the table of docs/metrics.md names them in this order."""
+        build = GaugeMetricFamily("kvindexer_build_info", "1; which version runs.", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
         yield _counter("events_applied", "Events applied to the index.", self.events)
         yield _counter("batches_applied", "Batches (messages) applied to the index.", self.batches)
         yield _counter("blocks_stored", "Blocks that events announced as stored.", self.stored)
@@ -145,11 +174,20 @@ class Metrics:
             yield from self._of_store(self._fleet.store(), self._fleet.problems())
         yield from self._of_queries()
         yield from self._of_feedback()
+        if self._fleet is not None:
+            yield from self._of_changes(self._fleet.changes)
         if self._speculation is not None and self._heat is not None:
             yield from _of_tiering(self._speculation, self._heat)
+        yield _counters("config_reloads", "Readings of the configuration at SIGHUP.", "outcome", self._reloads)
+        whole = int(self._reloaded_whole)
+        yield _gauge("config_reload_successful", "1 unless the last of them was not applied as a whole.", whole)
 
     def _of_sources(self, reports: list[SourceReport]) -> Iterator[Metric]:
         yield _counter("gaps", "Holes seen in the order of messages.", self._gaps.look(_sums(reports, "gaps")))
+        unfilled = self._unfilled.look(_sums(reports, "unfilled"))
+        yield _counter("gaps_unfilled", "Holes of them that no replay could fill.", unfilled)
+        open_gaps = sum(report.gap_open for report in reports)
+        yield _gauge("sources_with_gap", "Sources with a hole whose replay is under way.", open_gaps)
         yield _counter("replays", "Replays asked for.", self._replays.look(_sums(reports, "replays")))
         sources = GaugeMetricFamily("kvindexer_sources", "Registered sources, by state.", labels=["state"])
         for state in STATES:
@@ -165,12 +203,25 @@ class Metrics:
                 held = sum(report.blocks[tier] for report in reports if report.state == state)
                 blocks.add_metric([tier.label, state], held)
         yield blocks
+        yield _gauge("blocks_limit", "Most entries that the index may hold (`max_entries`).", self._max_entries)
         orphans = sum(report.orphans for report in reports)
         yield _gauge("orphans", "Held blocks whose place in a prompt is not known yet.", orphans)
         poison = sum(report.poison for report in reports)
         yield _gauge("poison", "Unreadable batches and events of the registered sources.", poison)
+        unreadable = self._unreadable.look(_sums(reports, "poison"))
+        yield _counter("unreadable", "Unreadable batches and events of all sources that there were.", unreadable)
         lag_s = max((report.lag_ms for report in reports), default=0.0) / 1000
         yield _gauge("ingest_lag_seconds", "Age of the oldest message received and not applied.", lag_s)
+        yield _age(
+            "event_age_seconds",
+            "Time since the last event of any source; absent if there was none.",
+            min((report.last_event_s for report in reports if report.last_event_s is not None), default=None),
+        )
+        yield _age(
+            "verified_age_seconds",
+            "Longest time since a source was proven to be in step; of those that ever were.",
+            max((report.verified_s for report in reports if report.verified_s is not None), default=None),
+        )
         yield _gauge("ready", "1 once the service is ready.", int(self._fleet is not None and self._fleet.ready))
 
     def _of_store(self, store: StoreFigures, problems: Iterable[StoreProblem]) -> Iterator[Metric]:
@@ -204,6 +255,9 @@ class Metrics:
         for (route, status), count in sorted(self._answers.items()):
             answers.add_metric([route, str(status)], count)
         yield answers
+        is_open, limit = self._requests()
+        yield _gauge("http_requests_open", "Requests that are being answered, streams among them.", is_open)
+        yield _gauge("http_requests_limit", "Most of them at once (`max_concurrent_requests`).", limit)
         latency = HistogramMetricFamily(
             "kvindexer_http_request_duration_seconds",
             "Time to answer a request whose body has been received.",
@@ -212,6 +266,11 @@ class Metrics:
         for route, latencies in sorted(self._latencies.items()):
             latency.add_metric([route], buckets=latencies.cumulative(), sum_value=latencies.sum_s)
         yield latency
+
+    def _of_changes(self, changes: ChangeLog) -> Iterator[Metric]:
+        yield _gauge("changes_followers", "Followers of /v1/changes.", changes.followers)
+        yield _gauge("changes_kept_bytes", "Recent changes kept for them.", changes.kept_bytes)
+        yield _counters("changes_ended", "Streams of changes that ended, by reason.", "reason", self._streams)
 
     def _of_feedback(self) -> Iterator[Metric]:
         yield _counters("feedback", "Reports of engines, by how the prediction came out.", "outcome", self._feedback)
@@ -252,6 +311,10 @@ def _counters(name: str, documentation: str, label: str, values: Mapping[str, in
     for value, count in sorted(values.items()):
         family.add_metric([value], count)
     return family
+
+
+def _age(name: str, documentation: str, value: float | None) -> Metric:
+    return GaugeMetricFamily(f"kvindexer_{name}", documentation, value=value)
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:

@@ -47,3 +47,9 @@ class SourceReport(NamedTuple):
     """What the durable copy held of it when it was last looked at."""
     accuracy: AccuracyFigures = AccuracyFigures(0, 0, 0, 0, 0, 0)
     """What engines reported against what was predicted."""
+    unfilled: int = 0
+    """Holes that no replay could fill."""
+    gap_open: bool = False
+    """A hole is known, and its replay not through yet."""
+    verified_s: float | None = None
+    """Time since its stream was last proven to be this life and without loss."""

@@ -89,6 +89,8 @@ class Stream:
         self._first = 0
         """The first message that was applied of this life."""
         self.gaps = 0
+        self.unfilled = 0
+        """Holes that were passed over, since no replay could fill them."""
         self.replays = 0
         self.verified_at: float | None = None
         self.heard_at: float | None = None
@@ -141,10 +143,10 @@ class Stream:
     def _in_question(self) -> bool:
         """Something is lost, or may be until a replay has proven the opposite."""
         cut_off = self._disconnected_since_last and (self._settings.replayable or not self._connected)
-        return self._damaged or self._doubted is not None or cut_off or self._gap_open
+        return self._damaged or self._doubted is not None or cut_off or self.gap_open
 
     @property
-    def _gap_open(self) -> bool:
+    def gap_open(self) -> bool:
         """A hole is known and its replay not through yet."""
         lowest = self._held.lowest()
         return lowest is not None and self.last_seq is not None and lowest > self._expected
@@ -267,6 +269,7 @@ class Stream:
             self._complete, self._holes = False, True
             self.why = f"joined at seq {seq}"
         else:
+            self.unfilled += 1
             self._flags_off(f"{seq - self.last_seq - 1} messages lost before seq {seq}")
 
     def replay_frame(self, seq: int, payload: bytes, now: float) -> list[Action]:
@@ -524,6 +527,7 @@ class Stream:
         self._holes = False
         self._lost_before = seq
         self.gaps += 1
+        self.unfilled += 1
         self.last_seq = max(seq - 1, self._expected - 1)
         return []
 

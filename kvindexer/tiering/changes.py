@@ -275,6 +275,16 @@ class ChangeLog:
 
     # Followers
 
+    @property
+    def followers(self) -> int:
+        """How many are told."""
+        return len(self._followers)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept for them, whether there are any or not."""
+        return self._bytes
+
     def follow(
         self, fits: Callable[[SourceSpec], bool], since: Position | None, wake: Callable[[], None]
     ) -> Follower:
