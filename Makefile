@@ -10,6 +10,8 @@ VENV = .venv
 VLLM_VENV = .venv-vllm
 PYTHON_IN = $(VENV)/bin/python
 PIP = $(PYTHON_IN) -m pip --disable-pip-version-check --quiet
+# Only files whose hash is locked (scripts/lock), and none that would have to be compiled here.
+INSTALL = $(PIP) install --require-hashes --only-binary :all:
 ARGS =
 
 run: $(VENV)/run.stamp
@@ -54,13 +56,13 @@ $(VENV)/made.stamp: scripts/find-python
 	python=$$(PYTHON="$(PYTHON)" sh scripts/find-python) && "$$python" -m venv --clear $(VENV)
 	touch $@
 
-$(VENV)/run.stamp: $(VENV)/made.stamp requirements.lock pyproject.toml
-	$(PIP) install --only-binary :all: --requirement requirements.lock
-	$(PIP) install --no-deps --editable .
+$(VENV)/run.stamp: $(VENV)/made.stamp requirements.lock requirements-build.lock pyproject.toml
+	$(INSTALL) --requirement requirements-build.lock --requirement requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --no-index --editable .
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.lock
-	$(PIP) install --only-binary :all: --requirement requirements-dev.lock
+	$(INSTALL) --requirement requirements-dev.lock
 	touch $@
 
 $(VLLM_VENV)/vllm.stamp: $(VENV)/made.stamp tests/e2e_vllm/install.py
