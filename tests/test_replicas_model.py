@@ -97,6 +97,19 @@ class Engine:
         return next((life for life in self.lives if life and xxh3_128_digest(life[0]) == birth), None)
 
 
+class Interrupted(Writing):
+    """Made ready two records at a time; what is on its way arrives between them."""
+
+    def __init__(self, replica: Replica) -> None:
+        machine = replica.machine
+        super().__init__(machine.server, replica.index, replica.name, lambda: machine.now, piece_records=2)
+        self._side = replica
+
+    async def slice(self) -> None:
+        """One more message has arrived."""
+        self._side.hear(most=1)
+
+
 class Replica:
     """What `LiveFleet` and `RedisKeeper` do for one source, without their sockets and clocks."""
 
@@ -104,7 +117,7 @@ class Replica:
         self.machine = machine
         self.name = name
         self.index = PyIndex()
-        self.writing = Writing(machine.server, self.index, name, lambda: machine.now)
+        self.writing = Interrupted(self)
         self.writes = 0
         self.kept: KeptSource | None = None
         self.follow()
@@ -148,7 +161,7 @@ class Replica:
                     if change.cleared:
                         self.stream.cleared(seq)
                     self.shard.applied(seq, xxh3_128_digest(payload), change.touched, self.machine.now)
-                    self.kept.changed(change.touched, self.index, ours=self.shard.turn == 0)
+                    self.kept.changed(change.touched)
                 case Withdraw(reason):
                     self.index.withdraw(SOURCE, TIERS)
                     self.kept.withdrawn()
@@ -161,6 +174,13 @@ class Replica:
                             self.shard.new_life()
                 case Ask(start):
                     self.asked, self.asks = start, self.asks + 1
+
+    def hear(self, most: int | None = None) -> None:
+        """Take in what has arrived: all of it, or so many messages."""
+        while self.wire and most != 0:
+            seq, payload = self.wire.popleft()
+            self.act(self.stream.frame(seq, payload, self.machine.now))
+            most = None if most is None else most - 1
 
     def answer(self) -> None:
         start, mine = self.asked, self.asks
@@ -248,13 +268,7 @@ class ReplicaMachine(RuleBasedStateMachine):
             if one.connected:
                 one.wire += messages
                 if name in heard_by:
-                    self._deliver(name)
-
-    def _deliver(self, name: str) -> None:
-        one = self.replicas[name]
-        while one.wire:
-            seq, payload = one.wire.popleft()
-            one.act(one.stream.frame(seq, payload, self.now))
+                    one.hear()
 
     @rule()
     def reset(self) -> None:
@@ -277,7 +291,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         if not one.connected:
             one.connected = True
             one.act(one.stream.connected(self.now))
-        self._deliver(name)
+        self.replicas[name].hear()
         for _ in range(3):
             one.answer()
 

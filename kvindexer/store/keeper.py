@@ -195,7 +195,7 @@ class RedisKeeper:
             return
         now = time.monotonic()
         kept.shard.applied(seq, xxh3_128_digest(payload), change.touched, now)
-        self._changed_here(kept, change.touched)
+        kept.changed(change.touched)
         for other, touched in change.touched_of.items():
             self._amended(other, touched, now)
         if kept.shard.eager and not kept.busy:
@@ -205,10 +205,7 @@ class RedisKeeper:
         kept = self._kept.get(source)
         if kept is not None:
             kept.shard.amended(touched, now)
-            self._changed_here(kept, touched)
-
-    def _changed_here(self, kept: KeptSource, hashes: array[int]) -> None:
-        kept.changed(hashes, self._fleet.index, ours=kept.shard.turn == 0 and self._reachable)
+            kept.changed(touched)
 
     def withdrawn(self, source: str, reason: str) -> None:
         """See `Keeper.withdrawn`."""

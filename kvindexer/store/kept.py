@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterable
 
 from kvindexer.events.stream import Stream
-from kvindexer.index.seam import Index
 from kvindexer.store.layout import pack_spec, shard_tag
 from kvindexer.store.server import Author
 from kvindexer.store.shard import Shard
 from kvindexer.types import SourceSpec
-
-MOST_READY: Final = 8_192
-"""Records that are kept ready for a flush; what is more is made when it is written."""
 
 
 class KeptSource:
@@ -34,27 +28,19 @@ class KeptSource:
         self.dropped = False
         """Followed no longer, or anew: whatever is under way must not touch the index any more."""
         self.life = 0
-        """Counts what makes a rewrite under way worthless: entries were withdrawn."""
+        """Counts what makes a write under way worthless: entries were withdrawn."""
         self.collected: set[int] | None = None
-        """Hashes that change while a rewrite is under way."""
-        self.ready: dict[int, bytes] = {}
-        """Records as they are now, of hashes that changed lately: made while what they are made of is at hand.
-        A hash that changes is made anew or not here at all."""
+        """Hashes that change while a write is made ready."""
 
     def author(self, writer: str) -> Author:
         """Who writes, and of what."""
         return Author(writer, self.source, self.packed_spec, self.shard.registration)
 
-    def changed(self, hashes: array[int], index: Index, *, ours: bool) -> None:
-        """These records have just changed; `ours`: it is our turn to write them."""
+    def changed(self, hashes: Iterable[int]) -> None:
+        """These records have just changed."""
         if self.collected is not None:
             self.collected.update(hashes)
-        if not ours or len(self.ready) + len(hashes) > MOST_READY:
-            self.ready.clear()
-        if ours and len(hashes) <= MOST_READY:
-            self.ready.update(zip(hashes, index.records(self.source, hashes), strict=True))
 
     def withdrawn(self) -> None:
-        """What a rewrite under way has staged is worthless."""
+        """What a write under way has made ready is worthless."""
         self.life += 1
-        self.ready.clear()

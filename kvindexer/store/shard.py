@@ -34,7 +34,7 @@ from kvindexer.store.layout import Checkpoint, Coverage, Found, Meta, overfull
 
 MAX_FLUSH_RECORDS: Final = 16_384
 """Records that one script may write: some 50 ms of a server; what is more is staged piece by piece."""
-EAGER_RECORDS: Final = 512
+EAGER_RECORDS: Final = 2_048
 """Changed records from which on a flush does not wait for more."""
 _STAGNANT_TURNS: Final = 5
 """Take-over times without any progress after which nobody seems to write a shard any more."""

@@ -2,7 +2,8 @@
 
 The index is read and its checkpoint taken without an await between them, so what is written as (epoch, next) is what
 was held there.  A shard that is written anew is staged in pieces beside the old content; what changes meanwhile
-is collected, and goes in with the last piece, which puts the new content in place of the old.
+is collected, and goes in with the last piece, which puts the new content in place of the old.  A flush is made ready
+in pieces too, and sent as one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Final
 
 from kvindexer.errors import StoreError
@@ -34,11 +36,11 @@ from kvindexer.types import Epoch
 
 _log = logging.getLogger(__name__)
 
-PIECE_RECORDS: Final = 2_048
-"""Records that are packed or loaded at once: two milliseconds, between which queries get their turn."""
-_PIECE_PAUSE_S: Final = 0.002
-"""Between two pieces of all rewrites together: nobody waits for them, queries do."""
-_MOST_PIECES_BEHIND: Final = 1_000
+PIECE_RECORDS: Final = 256
+"""Records that are packed at once: up to a millisecond, between which queries get their turn."""
+_STAGED_PIECES: Final = 8
+"""Pieces that go to the store in one command, which costs as much as hundreds of records."""
+_MOST_PIECES_BEHIND: Final = 8_000
 """Pieces that a rewrite may still need after the first pass; a source that changes faster can't be caught."""
 _LOAD_TRIES: Final = 4
 _LARGEST: Final = 0xFFFFFFFF
@@ -48,39 +50,87 @@ class Writing:
     """Flushes, rewrites and loads of all shards of one replica."""
 
     def __init__(
-        self, server: ShardServer, index: Index, replica: str, clock: Callable[[], float] = time.monotonic
+        self,
+        server: ShardServer,
+        index: Index,
+        replica: str,
+        clock: Callable[[], float] = time.monotonic,
+        piece_records: int = PIECE_RECORDS,
     ) -> None:
         self._server = server
         self._index = index
         self._replica = replica
         self._clock = clock
+        self._piece_records = piece_records
         self.records = 0
         """Sent to the store so far."""
         self._slices = asyncio.Lock()
 
-    async def slice(self, pause_s: float = 0.0) -> None:
+    async def slice(self) -> None:
         """Wait for a moment in which queries have had their turn: jobs that go on together would add up otherwise."""
         async with self._slices:
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(0)
+
+    async def _pieces(
+        self, kept: KeptSource, hashes: Sequence[int], buckets: int, most: int
+    ) -> AsyncGenerator[bytes]:
+        """Pack records, a piece at a time, then those that changed meanwhile, and so on; at most so many pieces.
+
+        What is in `kept.collected` in the end is not in them, or has changed since; it is a piece's worth unless the
+        source has outrun us.
+        """
+        life, count = kept.life, 0
+        kept.collected = set()
+        while len(hashes) > self._piece_records:
+            for start in range(0, len(hashes), self._piece_records):
+                yield self._pack(kept, hashes[start : start + self._piece_records], buckets)
+                await self.slice()
+                count += 1
+                if kept.dropped or kept.life != life:
+                    return
+            hashes = sorted(kept.collected)
+            if count >= most:
+                return
+            kept.collected = set()
+        kept.collected.update(hashes)
 
     async def flush(self, kept: KeptSource, step: Flush) -> Refusal | None:
         """Write what has changed; to be called in the same breath as the decision.  Raises StoreError."""
-        shard, index = kept.shard, self._index
-        meta = _content(kept)
-        hashes, amended = shard.changed_since(step.base), shard.take_amendments()
-        upto = shard.checkpoint(meta.checkpoint.epoch)
-        facts = index.facts(kept.source)
-        packed = self._pack(hashes, self._changed(kept, hashes), meta.buckets)
+        hashes = kept.shard.changed_since(step.base)
+        return await self._amending(kept, self._flush(kept, step, hashes))
+
+    async def rewrite(self, kept: KeptSource, step: Rewrite) -> Refusal | None:
+        """Write everything anew and put it in the place of what is there.  Raises StoreError."""
+        return await self._amending(kept, self._rewrite(kept, step))
+
+    async def _amending(self, kept: KeptSource, write: Awaitable[Refusal | None]) -> Refusal | None:
+        """Amendments are in what is written, or still to be written if that fails."""
+        amended = kept.shard.take_amendments()
+        refusal: Refusal | None = Refusal.LOST
         try:
-            author = kept.author(self._replica)
-            answer = await self._server.flush(
-                kept.tag, author, generation=meta.generation, base=step.base, upto=upto, facts=facts, packed=packed
-            )
-        except StoreError:
-            shard.amended(amended, self._clock())
-            raise
+            refusal = await write
+        finally:
+            kept.collected = None
+            if refusal is not None:
+                kept.shard.amended(amended, self._clock())
+        return refusal
+
+    async def _flush(self, kept: KeptSource, step: Flush, hashes: Sequence[int]) -> Refusal | None:
+        """A record that has changed since it was packed is packed again behind it: the later one counts."""
+        shard, life, meta = kept.shard, kept.life, _content(kept)
+        pieces = [
+            piece async for piece in self._pieces(kept, hashes, meta.buckets, len(hashes) // self._piece_records + 1)
+        ]
+        if kept.dropped or kept.life != life:
+            return Refusal.LOST
+        pieces.append(self._pack(kept, sorted(kept.collected or ()), meta.buckets))
+        upto = shard.checkpoint(meta.checkpoint.epoch)
+        facts = self._index.facts(kept.source)
+        author, generation = kept.author(self._replica), meta.generation
+        answer = await self._server.flush(
+            kept.tag, author, generation=generation, base=step.base, upto=upto, facts=facts, packed=b"".join(pieces)
+        )
         if isinstance(answer, Refusal):
-            shard.amended(amended, self._clock())
             return answer
         if not kept.dropped:
             written = meta._replace(
@@ -88,19 +138,6 @@ class Writing:
             )
             shard.stored(written, self._clock())
         return None
-
-    async def rewrite(self, kept: KeptSource, step: Rewrite) -> Refusal | None:
-        """Write everything anew and put it in the place of what is there.  Raises StoreError."""
-        kept.collected = set()
-        amended = kept.shard.take_amendments()
-        refusal: Refusal | None = Refusal.LOST
-        try:
-            refusal = await self._rewrite(kept, step)
-        finally:
-            kept.collected = None
-            if refusal is not None:
-                kept.shard.amended(amended, self._clock())
-        return refusal
 
     async def _rewrite(self, kept: KeptSource, step: Rewrite) -> Refusal | None:
         shard, index, server, life = kept.shard, self._index, self._server, kept.life
@@ -110,22 +147,18 @@ class Writing:
         generation, buckets = secrets.token_hex(4), buckets_for(len(hashes))
         if before is not None and overfull(len(hashes), before.buckets):
             buckets = more_buckets(len(hashes), before.buckets)
-        begin, pieces = True, len(hashes) // PIECE_RECORDS + _MOST_PIECES_BEHIND
-        while len(hashes) > PIECE_RECORDS or begin:
-            for start in range(0, len(hashes), PIECE_RECORDS) or (0,):
-                piece = hashes[start : start + PIECE_RECORDS]
-                packed = self._pack(piece, index.records(kept.source, piece), buckets)
+        begin = True
+        async with aclosing(self._commands(kept, hashes, buckets)) as commands:
+            async for packed in commands:
                 staged = await server.stage(kept.tag, author, generation, buckets, packed, begin=begin)
-                begin, pieces = False, pieces - 1
-                await self.slice(_PIECE_PAUSE_S)
+                begin = False
                 if isinstance(staged, Refusal):
                     return staged
-                if kept.dropped or kept.life != life or pieces < 0:
-                    return Refusal.LOST
-            hashes = self._collected(kept)
+        rest = sorted(kept.collected or ())
+        if kept.dropped or kept.life != life or len(rest) > self._piece_records:
+            return Refusal.LOST
         upto = shard.checkpoint(step.epoch)
         facts = index.facts(kept.source)
-        packed = self._pack(hashes, index.records(kept.source, hashes), buckets)
         answer = await server.switch(
             kept.tag,
             author,
@@ -133,7 +166,7 @@ class Writing:
             expected=step.expected,
             upto=upto,
             facts=facts,
-            packed=packed,
+            packed=self._pack(kept, rest, buckets),
             accept_less=step.accept_less,
         )
         if isinstance(answer, Refusal):
@@ -150,22 +183,21 @@ class Writing:
             await server.sweep(kept.tag, Leftover(before.generation, before.buckets, 0))
         return None
 
-    def _collected(self, kept: KeptSource) -> list[int]:
-        hashes, kept.collected = sorted(kept.collected or ()), set()
-        return hashes
+    async def _commands(self, kept: KeptSource, hashes: Sequence[int], buckets: int) -> AsyncGenerator[bytes]:
+        """The pieces of a rewrite, several together; one, if an empty one, at least."""
+        waiting: list[bytes] = []
+        async with aclosing(
+            self._pieces(kept, hashes, buckets, len(hashes) // self._piece_records + _MOST_PIECES_BEHIND)
+        ) as pieces:
+            async for piece in pieces:
+                waiting.append(piece)
+                if len(waiting) == _STAGED_PIECES:
+                    yield b"".join(waiting)
+                    waiting.clear()
+        yield b"".join(waiting)
 
-    def _changed(self, kept: KeptSource, hashes: Sequence[int]) -> list[bytes]:
-        """Records of changed hashes; most are ready."""
-        ready = kept.ready
-        records = [ready.pop(block_hash, None) for block_hash in hashes]
-        absent = [place for place, record in enumerate(records) if record is None]
-        if absent:
-            made = self._index.records(kept.source, [hashes[place] for place in absent])
-            for place, record in zip(absent, made, strict=True):
-                records[place] = record
-        return [record for record in records if record is not None]
-
-    def _pack(self, hashes: Sequence[int], records: list[bytes], buckets: int) -> bytes:
+    def _pack(self, kept: KeptSource, hashes: Sequence[int], buckets: int) -> bytes:
+        records = self._index.records(kept.source, hashes)
         if any(len(record) > MAX_RECORD_BYTES for record in records):  # thousands of places of one block
             records = [record if len(record) <= MAX_RECORD_BYTES else b"" for record in records]
         self.records += len(records)
