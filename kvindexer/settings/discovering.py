@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from kvindexer.errors import SettingsError
+from kvindexer.events.discovery.selectors import parse_selector
 from kvindexer.settings.values import Count, Seconds, from_text, no_boolean
 
 Discovery = Literal["none", "kubernetes"]
@@ -40,19 +41,19 @@ class Discovering(BaseModel):
         "looked for in each of the namespaces.",
     )
     discovery_event_port: Port | None = Field(
-        default=5557,
-        description="Port at which the first rank of a pod publishes its events, unless the pod's annotation says "
-        "otherwise; empty: pods without an annotation are a problem.",
+        default=None,
+        description="Port at which the first rank of a pod publishes its events, unless the pod says otherwise; "
+        "empty: the engine is asked (`GET /kv_event_sources`), and one that has no such list publishes at 5557.",
     )
     discovery_replay_port: Port | None = Field(
         default=None,
-        description="Port of the first rank's replay socket, unless the pod's annotation says otherwise; without "
-        "one, losses can be seen but not repaired.",
+        description="Port of the first rank's replay socket, unless the pod says otherwise; without one, losses can "
+        "be seen but not repaired.",
     )
     discovery_http_port: Port = Field(
         default=8000,
-        description="Port of an engine's HTTP server, unless the pod's annotation says otherwise: part of its name, "
-        "and asked for its model.",
+        description="Port of an engine's HTTP server, unless the pod or its InferencePool says otherwise: part of "
+        "its name, and asked for its model.",
     )
     discovery_model: str = Field(
         default="",
@@ -105,6 +106,10 @@ class Discovering(BaseModel):
         for index, pool in enumerate(self.discovery_pools):
             if not _POOL.fullmatch(pool):
                 raise SettingsError(f"discovery_pools[{index}]", pool, "name or namespace/name of an InferencePool")
+        try:
+            parse_selector(self.discovery_selector)
+        except ValueError as error:
+            raise SettingsError("discovery_selector", self.discovery_selector, str(error)) from None
         if self.discovery != "none" and not self.discovery_selector.strip() and not self.discovery_pools:
             expected = "a label selector, or discovery_pools"
             raise SettingsError("discovery_selector", self.discovery_selector, expected)

@@ -135,7 +135,7 @@ class Names:
 
 def shard_tag(source: str, spec: SourceSpec) -> str:
     """The shard of a source: 16 hexadecimal digits of its identity and of all that its blocks' meaning depends on."""
-    meaning = [source, *(getattr(spec, name) for name in _MEANING)]
+    meaning = [source, *(getattr(spec, name) for name in _MEANING), *([spec.life] if spec.life else [])]
     return xxh3_64_hexdigest(json.dumps(meaning).encode())
 
 

@@ -1,0 +1,101 @@
+"""What all pods together mean: which sources there should be, whom to ask, and what is wrong.
+
+Two pods can claim one address (on the host's network, or while an address changes hands) or one name (a slip in an
+annotation).  The older one keeps it, for it was there first and two processes can't publish at one address; the
+other one is a problem that says so.
+
+Invariant: the same pods make the same plan, in whatever order they came; no endpoint and no instance's rank is given
+to two pods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from kvindexer.events.discovery.pods import Pod
+from kvindexer.events.discovery.reading import Answer, Ask, Follow, Refused, read_pod
+from kvindexer.events.finding import FindingProblem
+from kvindexer.settings.discovering import Discovering
+from kvindexer.types import SourceSpec
+
+Holder = tuple[str, str, str, int, str]
+
+
+class Chosen(NamedTuple):
+    """The pods of one selector, by UID, and the ports that their InferencePool names."""
+
+    pods: Mapping[str, Pod]
+    ports: tuple[int, ...] = ()
+
+
+class Plan(NamedTuple):
+    """What should be."""
+
+    wanted: dict[str, SourceSpec]
+    """By endpoint."""
+    owners: dict[str, str]
+    """Endpoint -> pod."""
+    questions: dict[str, Ask]
+    """Life -> what its engine has to be asked, answered or not."""
+    problems: list[FindingProblem]
+    pods: int
+
+
+def make_plan(chosen: Iterable[Chosen], rules: Discovering, answers: Mapping[str, Answer]) -> Plan:
+    """`answers` are those of engines, by life."""
+    pods: dict[str, tuple[Pod, tuple[int, ...]]] = {}
+    for one in chosen:
+        for uid, pod in one.pods.items():
+            known = pods.get(uid)
+            pods[uid] = (pod, one.ports or (known[1] if known else ()))
+    ordered = sorted(pods.values(), key=lambda entry: (entry[0].metadata.creationTimestamp or "", entry[0].uid))
+    plan = Plan({}, {}, {}, [], len(ordered))
+    if len(ordered) > rules.discovery_max_pods:
+        message = f"{len(ordered)} pods are chosen, {rules.discovery_max_pods} are looked at"
+        hint = "narrow the selector, or raise discovery_max_pods"
+        plan.problems.append(FindingProblem("too_many_pods", "all", message, hint))
+    holders: dict[Holder, str] = {}
+    for pod, ports in ordered[: rules.discovery_max_pods]:
+        _add(plan, holders, pod, read_both(pod, rules, ports, answers, plan.questions))
+    return plan
+
+
+def read_both(
+    pod: Pod, rules: Discovering, ports: tuple[int, ...], answers: Mapping[str, Answer], questions: dict[str, Ask]
+) -> Follow | Refused | None:
+    """Read a pod, with its engine's answer if that is needed and there is one."""
+    reading = read_pod(pod, rules, ports)
+    if isinstance(reading, Ask):
+        questions[reading.life] = reading
+        answer = answers.get(reading.life)
+        reading = read_pod(pod, rules, ports, answer) if answer is not None else reading
+    return reading if isinstance(reading, Follow | Refused) else None
+
+
+def _add(plan: Plan, holders: dict[Holder, str], pod: Pod, reading: Follow | Refused | None) -> None:
+    if reading is None:
+        return
+    if isinstance(reading, Refused):
+        plan.problems.append(reading.problem)
+        return
+    plan.problems.extend(reading.notes)
+    for spec in reading.specs:
+        other = plan.owners.get(spec.endpoint) or holders.get(_holder(spec))
+        if other is not None:
+            plan.problems.append(_claimed(pod, spec, other))
+            return
+    for spec in reading.specs:
+        plan.wanted[spec.endpoint] = spec
+        plan.owners[spec.endpoint] = pod.where
+        holders[_holder(spec)] = pod.where
+
+
+def _holder(spec: SourceSpec) -> Holder:
+    return (spec.tenant, spec.model, spec.instance, spec.rank, spec.type)
+
+
+def _claimed(pod: Pod, spec: SourceSpec, other: str) -> FindingProblem:
+    message = f"claims {spec.endpoint} and instance {spec.instance}, as the older pod {other} does"
+    hint = "give each its own address, ports, or instance annotation; the older one is followed"
+    return FindingProblem("duplicate", pod.where, message, hint)
