@@ -15,9 +15,9 @@ from kvindexer.api.decoding import check_size, reader, unsigned
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.forms import FORMS, Call
 from kvindexer.api.holders import EngineHashes, Holders, Named, engine_hash, unknown_instance
-from kvindexer.api.lookup import DEFAULT_TENANT, KnownModels, keyspaces, one_size
+from kvindexer.api.lookup import KnownModels, keyspaces, one_size, tenant_named
 from kvindexer.api.openapi import HotRoute
-from kvindexer.api.schemas import Keys, Name, Salt, Size, Text
+from kvindexer.api.schemas import About, Keys, Name
 from kvindexer.errors import RequestError
 from kvindexer.index.seam import Index
 from kvindexer.settings import Settings
@@ -27,19 +27,13 @@ from kvindexer.types import Keyspace
 Status = Literal["held", "not_held", "unknown"]
 
 
-class LocateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class LocateRequest(About, kw_only=True):
     """Blocks, as `keys`, or as `hashes` of a `source` or of the sources of an `instance`."""
 
-    model: Name
-    tenant: Text | None = None
-    additional_salt: Salt | None = None
     keys: Keys | None = None
     hashes: EngineHashes | None = None
     source: Annotated[Name, Meta(description="The source that the hashes are from, as in /v1/sources.")] | None = None
     instance: Annotated[Name, Meta(description="The instance or store that the hashes are from.")] | None = None
-    block_size: (
-        Annotated[Size, Meta(description="Needed with keys if the model has blocks of several sizes.")] | None
-    ) = None
     near: Annotated[Name, Meta(description="The instance from which copies are seen: its own come first.")] | None = (
         None
     )
@@ -112,7 +106,7 @@ class LocateRoute:
         """Answer one request.  Raises RequestError."""
         check_size(call.body, self._max_blocks, form=call.form, settings="max_blocks")
         request = _read[call.form](call.body)
-        tenant = request.tenant or DEFAULT_TENANT
+        tenant = tenant_named(request.tenant)
         spaces = keyspaces(
             self._index,
             self._models,

@@ -17,34 +17,13 @@ from kvindexer.api.decoding import check_size, reader
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.forms import FORMS, Call
 from kvindexer.api.identities import Identities
-from kvindexer.api.lookup import DEFAULT_TENANT
+from kvindexer.api.lookup import tenant_named
 from kvindexer.api.matching import Matcher
 from kvindexer.api.openapi import HotRoute
 from kvindexer.api.prompt import Prompt
 from kvindexer.api.reading import prompt_of
-from kvindexer.api.schemas import (
-    Keys,
-    Multimodal,
-    Name,
-    PackedKeys,
-    PackedTokens,
-    PromptTokens,
-    Salt,
-    Size,
-    Text,
-    Tokens,
-)
-from kvindexer.api.text import (
-    GenerationPrompt,
-    GoesOn,
-    Messages,
-    PromptText,
-    SpecialTokens,
-    TemplateKwargs,
-    TextPrompts,
-    Tools,
-    has_text,
-)
+from kvindexer.api.schemas import Keys, Name, PackedKeys, Prompted, PromptTokens
+from kvindexer.api.text import TextPrompts, has_text
 from kvindexer.errors import RequestError
 from kvindexer.settings import Settings
 from kvindexer.tiering.speculative import Speculation
@@ -53,10 +32,9 @@ from kvindexer.types import Keyspace
 MAX_TTL_S: Final = 60.0
 
 
-class RoutedRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class RoutedRequest(Prompted, kw_only=True):
     """A prompt, given as in /v1/match, and the instance that it was sent to."""
 
-    model: Name
     instance: Annotated[Name, Meta(description="By id, alias, host, host:port or URL.")]
     ttl_s: (
         Annotated[
@@ -65,26 +43,9 @@ class RoutedRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         ]
         | None
     ) = None
-    block_size: (
-        Annotated[Size, Meta(description="Needed with `keys` if the model has blocks of several sizes.")] | None
-    ) = None
-    tenant: Text | None = None
-    additional_salt: Salt | None = None
-    tokens: Tokens | None = None
-    tokens_b64: PackedTokens | None = None
     keys: Keys | None = None
     keys_b64: PackedKeys | None = None
     prompt_tokens: PromptTokens | None = None
-    prompt: PromptText | None = None
-    messages: Messages | None = None
-    tools: Tools | None = None
-    chat_template_kwargs: TemplateKwargs | None = None
-    add_generation_prompt: GenerationPrompt | None = None
-    continue_final_message: GoesOn | None = None
-    add_special_tokens: SpecialTokens | None = None
-    lora: Text | None = None
-    cache_salt: Text | None = None
-    multimodal: list[Multimodal] | None = None
 
 
 class RoutedAnswer(msgspec.Struct):
@@ -150,7 +111,7 @@ class RoutedRoute:
 
     def _of_instance(self, request: RoutedRequest) -> tuple[str, list[Keyspace]]:
         """The instance that is meant, and the keyspaces that it serves.  Raises RequestError."""
-        tenant = request.tenant or DEFAULT_TENANT
+        tenant = tenant_named(request.tenant)
         spaces = self._matcher.keyspaces(tenant, request.model, request.additional_salt, request.block_size)
         serving = {space: self._matcher.instances(space) for space in spaces}
         instances = {instance for those in serving.values() for instance in those}

@@ -70,21 +70,24 @@ class TierWeights(msgspec.Struct, forbid_unknown_fields=True):
     remote: Weight | None = None
 
 
-class Question(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Whose cache to look at, and which instances to list."""
+class About(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What nearly all requests are about: the blocks of a model."""
 
     model: Name
     block_size: (
         Annotated[
             Size,
-            Meta(
-                description="Only blocks of this size; needed with `keys` if the model has blocks of several sizes."
-            ),
+            Meta(description="Only blocks of this size; needed for keys if the model has blocks of several sizes."),
         ]
         | None
     ) = None
     tenant: Text | None = None
     additional_salt: Salt | None = None
+
+
+class Question(About, kw_only=True):
+    """Whose cache to look at, and which instances to list."""
+
     candidates: (
         Annotated[
             list[Text],
@@ -111,7 +114,7 @@ class Question(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     by_rank: Annotated[bool, Meta(description="Show each rank's figures too.")] = False
 
 
-class MatchRequest(Question, kw_only=True, forbid_unknown_fields=True):
+class MatchRequest(Question, kw_only=True):
     """A prompt, as tokens, keys (either as a list or packed) or text, and whose cache to look at."""
 
     tokens: Tokens | None = None
@@ -144,7 +147,7 @@ class BatchPrompt(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     multimodal: list[Multimodal] | None = None
 
 
-class BatchRequest(Question, kw_only=True, forbid_unknown_fields=True):
+class BatchRequest(Question, kw_only=True):
     """Prompts, and what is the same for all of them.
 
     What is wrong with one prompt is told in its own result and costs the others nothing.
@@ -153,13 +156,9 @@ class BatchRequest(Question, kw_only=True, forbid_unknown_fields=True):
     prompts: list[Annotated[msgspec.Raw, Meta(extra_json_schema={"$ref": "#/components/schemas/BatchPrompt"})]]
 
 
-class KeysRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A prompt, as one of `tokens`, `tokens_b64`, `prompt` and `messages`, and what else its keys depend on."""
+class Prompted(About, kw_only=True):
+    """A prompt as tokens or text, and what else its keys depend on."""
 
-    model: Name
-    block_size: Annotated[Size, Meta(description="Needed if the model has blocks of several sizes.")] | None = None
-    tenant: Text | None = None
-    additional_salt: Salt | None = None
     tokens: Tokens | None = None
     tokens_b64: PackedTokens | None = None
     prompt: PromptText | None = None
@@ -172,6 +171,10 @@ class KeysRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     lora: Text | None = None
     cache_salt: Text | None = None
     multimodal: list[Multimodal] | None = None
+
+
+class KeysRequest(Prompted, kw_only=True):
+    """A prompt, as one of `tokens`, `tokens_b64`, `prompt` and `messages`, and what else its keys depend on."""
 
 
 class TierTokens(msgspec.Struct, gc=False):
