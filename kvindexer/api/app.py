@@ -53,6 +53,7 @@ from kvindexer.settings import Settings
 from kvindexer.tiering.heat import HeatCounts
 from kvindexer.tiering.speculative import Speculation
 from kvindexer.tokenization.texts import Texts
+from kvindexer.watching.requests import RequestLog
 
 _RFC_ANSWERS: Final = (dict[str, dict[str, MooncakeFigures]], DynamoAnswer)
 _RFC_QUERY: Final = (
@@ -69,7 +70,7 @@ _HOT: Final = (
         "/v1/match",
         "Who holds how long a prefix of a prompt?",
         "Instances, best first: by cached tokens, then by matched tokens, by score, and by name; with `order: score` "
-        "by score before all.  Each shows its best rank.",
+        "by score before all, with `order: expected` by what is on its way.  Each shows its best rank.",
         "Queries",
         MatchRequest,
         (MatchAnswer,),
@@ -139,7 +140,7 @@ def create_app(
     matcher = Matcher(settings, index, fleet, models, metrics, heat=counts, speculation=speculation)
     prompts = TextPrompts(texts or Texts({}))
     matches = MatchRoutes(settings, matcher, prompts)
-    scores = ScoreRoutes(settings, index, models, metrics, prompts)
+    scores = ScoreRoutes(settings, index, models, metrics, prompts, heat=counts)
     handlers: dict[str, Handler] = {"/query": queries.by_tokens, "/query_by_hash": queries.by_hash}
     calls: dict[str, CallHandler] = {
         "/v1/match": matches.one,
@@ -191,7 +192,7 @@ def create_app(
     app = limit = ConcurrencyLimit(app, settings.max_concurrent_requests)
     metrics.watch_bounds(settings.max_entries, lambda: limit.figures)
     paths = {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
-    return Shield(app, metrics, paths.union(handlers, calls))
+    return Shield(app, metrics, paths.union(handlers, calls), RequestLog(settings))
 
 
 def _answer_errors(app: FastAPI) -> None:

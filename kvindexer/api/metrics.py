@@ -25,6 +25,7 @@ from kvindexer.tiering.feedback import OUTCOMES, Outcome
 from kvindexer.tiering.heat import HeatCounts
 from kvindexer.tiering.speculative import Speculation
 from kvindexer.types import TIERS
+from kvindexer.watching.work import present
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 STATES: Final = ("syncing", "live", "stale", "gone")
@@ -115,6 +116,11 @@ class Metrics:
         self.queries += 1
         self.hit_tokens += hit_tokens
         self.asked_tokens += asked_tokens
+        work = present()
+        if work is not None:
+            work.prompts += 1
+            work.tokens += asked_tokens
+            work.hit_tokens += hit_tokens
 
     def text(self, outcome: str) -> None:
         """A query's text has become tokens, or has not; `outcome` is one of our words."""

@@ -1,4 +1,4 @@
-"""The outermost layer: every request gets an answer in the one error shape, and is counted.
+"""The outermost layer: every request gets an answer in the one error shape, is counted, and may get a line.
 
 What goes wrong inside is logged with its place in the code, without the text of the exception: that could hold
 tokens.
@@ -13,10 +13,13 @@ from time import perf_counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvindexer.access.identity import caller
 from kvindexer.api.body import RECEIVED_AT, DisconnectedError
 from kvindexer.api.errors import internal_error, send_error
 from kvindexer.api.metrics import Metrics
 from kvindexer.errors import RequestError
+from kvindexer.watching.requests import RequestLog
+from kvindexer.watching.work import begin
 
 _log = logging.getLogger(__name__)
 
@@ -24,10 +27,11 @@ _log = logging.getLogger(__name__)
 class Shield:
     """Middleware: turns exceptions into answers; `routes` are the paths that exist."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Collection[str], lines: RequestLog) -> None:
         self._app = app
         self._metrics = metrics
         self._routes = frozenset(routes)
+        self._lines = lines
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, whatever happens."""
@@ -35,6 +39,7 @@ class Shield:
             await self._app(scope, receive, send)
             return
         status = 0
+        work = begin()
 
         async def observed(message: Message) -> None:
             nonlocal status
@@ -54,7 +59,12 @@ class Shield:
                 await send_error(observed, internal_error())
         route = scope["path"] if scope["path"] in self._routes else "other"
         received_at = scope.get(RECEIVED_AT)
-        self._metrics.answered(route, status, None if received_at is None else perf_counter() - received_at)
+        seconds = None if received_at is None else perf_counter() - received_at
+        self._metrics.answered(route, status, seconds)
+        known = caller()
+        self._lines.answered(
+            scope["method"], route, status, seconds, work=work, caller=None if known is None else known.name
+        )
 
     def _log(self, scope: Scope, error: Exception) -> None:
         place = "".join(traceback.format_tb(error.__traceback__))

@@ -19,7 +19,7 @@ from secrets import token_hex
 from typing import Protocol
 
 from kvindexer.errors import ConflictError, KvIndexerError, WireError
-from kvindexer.events.configured import Difference
+from kvindexer.events.finding import Finder, FindingFigures, Nowhere
 from kvindexer.events.keeping import Keeper, Nobody, StoreFigures, StoreProblem
 from kvindexer.events.listing import Listing, is_listing
 from kvindexer.events.sockets import SubscriberSettings
@@ -36,6 +36,7 @@ from kvindexer.tiering.feedback import Accuracy, FeedbackRule, Report
 from kvindexer.tiering.media import tier_named
 from kvindexer.tiering.speculative import Speculation
 from kvindexer.types import TIERS, Keyspace, SourceSpec, SourceType, Tier
+from kvindexer.watching.logs import tell
 
 _log = logging.getLogger(__name__)
 _TRUST = {State.GONE: 0, State.STALE: 1, State.SYNCING: 2, State.LIVE: 3}
@@ -69,6 +70,8 @@ class _Source:
         self.accuracy = Accuracy(rule)
         self.batches = 0
         self.poison = 0
+        self.told, self.told_at = State.SYNCING, time.monotonic()
+        """The state that the log knows, and since when."""
 
 
 class LiveFleet:
@@ -85,6 +88,7 @@ class LiveFleet:
         counters: Counters,
         keeper: Keeper | None = None,
         speculation: Speculation | None = None,
+        finder: Finder | None = None,
     ) -> None:
         self.settings = settings
         self._speculation = speculation or Speculation(settings.max_speculative_blocks)
@@ -97,6 +101,9 @@ class LiveFleet:
         self.index = open_index(self._least_trusted)
         self._counters = counters
         self._keeper = keeper or Nobody()
+        self._finder = finder or Nowhere()
+        self._found: dict[str, SourceSpec] = {}
+        """What the finder has found, and nobody has named, by endpoint."""
         self._registry = Registry(settings.allowed_endpoints, settings.max_sources, settings.bind_endpoints)
         self._sources: dict[str, _Source] = {}
         self._by_instance: dict[str, list[_Source]] = {}
@@ -139,12 +146,12 @@ class LiveFleet:
                 self._subscriber.bind(endpoint)
             async with self._keeper.running(self) as registered:
                 for spec in settings.sources:
-                    self._register(spec)
-                    self._configured.add(self._name(spec))
+                    self.follow_configured(spec)
                 for spec in registered:
                     self._register_found(spec)
                 self._awaited = {*self._sources, *self._listings}
-                yield
+                async with self._finder.running(self):
+                    yield
         finally:
             for listing in self._listings.values():
                 await listing.close()
@@ -158,7 +165,8 @@ class LiveFleet:
         """Every source known at start is in sync, or has had its time; once true, true until we leave."""
         if not self._ready:
             late = time.monotonic() - self._started_at >= self.settings.sync_deadline_s
-            in_sync = self._keeper.informed and all(self._in_sync(name) for name in self._awaited)
+            informed = self._keeper.informed and self._finder.informed
+            in_sync = informed and all(self._in_sync(name) for name in self._awaited)
             self._ready = self._subscriber is not None and (late or in_sync)
         return self._ready and not self.leaving
 
@@ -198,27 +206,19 @@ class LiveFleet:
         """What a source, or an engine that lists its own, is known by."""
         return spec.endpoint if is_listing(spec.endpoint) else self._registry.identity(spec)
 
-    def reconfigure(self, difference: Difference) -> list[tuple[SourceSpec, KvIndexerError]]:
-        """Follow what the settings name now; returns what can't be followed, and why.
+    def follow_configured(self, spec: SourceSpec) -> None:
+        """Follow what the settings name now.  Raises KvIndexerError if it contradicts what others have registered."""
+        self._register(spec)
+        self._configured.add(self._name(spec))
+        self._await(spec)
 
-        Sources that somebody registered stay, also those that the settings named as well.
-        """
-        for spec in difference.gone:
-            name = self._name(spec)
-            if name in self._configured:
-                self._configured.discard(name)
-                if name not in self._asked_for:
-                    self._hang_up(name)
-        refused = []
-        for spec in difference.come:
-            try:
-                self._register(spec)
-            except KvIndexerError as error:
-                refused.append((spec, error))
-            else:
-                self._configured.add(self._name(spec))
-                self._await(spec)
-        return refused
+    def forget_configured(self, spec: SourceSpec) -> None:
+        """The settings don't name it any more; what somebody has registered as well stays."""
+        name = self._name(spec)
+        if name in self._configured:
+            self._configured.discard(name)
+            if name not in self._asked_for:
+                self._hang_up(name)
 
     def _await(self, spec: SourceSpec) -> None:
         """A source that became known before we were ready is waited for, like those known at start."""
@@ -226,6 +226,11 @@ class LiveFleet:
             self._awaited.add(self._name(spec))
 
     def _register(self, spec: SourceSpec) -> bool:
+        """Follow what somebody has named, also if it was found before: it is followed as named then."""
+        self._give_way(spec)
+        return self._add(spec)
+
+    def _add(self, spec: SourceSpec) -> bool:
         if is_listing(spec.endpoint):
             return self._list(spec)
         return self._follow(spec)
@@ -246,9 +251,15 @@ class LiveFleet:
                 return False
             raise ConflictError(f"{spec.endpoint} is registered with other values", "unregister it first")
         self._registry.check_endpoint(spec.endpoint)
-        self._listings[spec.endpoint] = Listing(spec, self._follow, self._forget)
+        follow = self._follow if spec.life else self._follow_listed
+        self._listings[spec.endpoint] = Listing(spec, follow, self._forget)
         self._listing_changes += 1
         return True
+
+    def _follow_listed(self, spec: SourceSpec) -> bool:
+        """Follow what is listed by an engine that somebody has named."""
+        self._give_way(spec)
+        return self._follow(spec)
 
     def _forget(self, spec: SourceSpec) -> None:
         source = self._registry.identity(spec)
@@ -268,7 +279,7 @@ class LiveFleet:
         except KvIndexerError:
             self._forget(spec)
             raise
-        _log.info("source %s registered: instance %s, model %s", source, spec.instance, spec.model)
+        tell(_log, logging.INFO, "source registered", source=source, instance=spec.instance, model=spec.model)
         return True
 
     def _stream(self, spec: SourceSpec) -> Stream:
@@ -311,11 +322,16 @@ class LiveFleet:
         rank: int | None = None,
         source_type: SourceType | None = None,
     ) -> list[SourceSpec]:
-        """Hang up on an instance's sources and forget what they hold; returns what was registered."""
+        """Hang up on an instance's sources and forget what they hold; returns what was registered.
+
+        What was found stays.  Raises ConflictError if it is all there is.
+        """
+        found = self._found_sources()
         listings = [
             listing
-            for listing in self._listings.values()
-            if listing.spec.instance == instance
+            for name, listing in self._listings.items()
+            if name not in found
+            and listing.spec.instance == instance
             and rank is None
             and model in (None, listing.spec.model)
             and tenant in (None, listing.spec.tenant)
@@ -327,7 +343,12 @@ class LiveFleet:
             self._disown(listing.spec.endpoint)
             self._listing_changes += 1
             self._keeper.unregistered(listing.spec.endpoint)
-        removed = self._registry.unregister(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
+        removed = self._registry.unregister(
+            instance, model=model, tenant=tenant, rank=rank, source_type=source_type, but=found
+        )
+        if not removed and not listings and any(spec.instance == instance for spec in found.values()):
+            hint = "it goes with its pod, or with the annotation kvindexer.io/follow: 'false'"
+            raise ConflictError(f"instance {instance!r} was found by discovery", hint)
         for source, _ in removed:
             self._keeper.unregistered(source)
         self._drop(removed)
@@ -338,6 +359,8 @@ class LiveFleet:
         for source, spec in removed:
             if self._subscriber is not None:
                 self._subscriber.remove(source)
+            if spec.life:
+                self._keeper.ended(source)
             self._keeper.forget(source)
             self._disown(source)
             self.changes.forgotten(source)
@@ -347,7 +370,7 @@ class LiveFleet:
             if not self._by_instance[spec.instance]:
                 del self._by_instance[spec.instance]
             self._statuses.pop(spec.instance, None)
-            _log.info("source %s unregistered: instance %s, model %s", source, spec.instance, spec.model)
+            tell(_log, logging.INFO, "source unregistered", source=source, instance=spec.instance, model=spec.model)
 
     def _hang_up(self, name: str) -> None:
         """Forget a source, or an engine that lists its own and what it has listed."""
@@ -365,6 +388,49 @@ class LiveFleet:
     def _disown(self, name: str) -> None:
         self._configured.discard(name)
         self._asked_for.discard(name)
+
+    # Found
+
+    @property
+    def found(self) -> Mapping[str, SourceSpec]:
+        """See `Findable.found`."""
+        return self._found
+
+    def find(self, spec: SourceSpec) -> None:
+        """See `Findable.find`."""
+        name = self._name(spec)
+        if name in self._registry or name in self._listings:
+            raise ConflictError(f"{name} is registered already", "that registration is the one that counts")
+        self._add(spec)
+        self._found[spec.endpoint] = spec
+        if not self._finder.informed:
+            self._await(spec)
+
+    def lose(self, endpoint: str) -> None:
+        """See `Findable.lose`."""
+        spec = self._found.pop(endpoint, None)
+        if spec is not None:
+            self._hang_up(self._name(spec))
+
+    def _found_sources(self) -> dict[str, SourceSpec]:
+        """What was found, and what engines that were found list."""
+        sources = dict(self._found)
+        for endpoint in self._found:
+            listing = self._listings.get(endpoint)
+            sources |= {spec.endpoint: spec for spec in listing.sources} if listing is not None else {}
+        return sources
+
+    def _give_way(self, spec: SourceSpec) -> None:
+        """Somebody names what we have found: it is theirs."""
+        for endpoint in list(self._found):
+            listing = self._listings.get(endpoint)
+            listed = listing is not None and any(one.endpoint == spec.endpoint for one in listing.sources)
+            if endpoint == spec.endpoint or listed:
+                self.lose(endpoint)
+
+    def finding(self) -> FindingFigures:
+        """How the search for sources is doing."""
+        return self._finder.figures()
 
     # Kept
 
@@ -575,13 +641,36 @@ class LiveFleet:
         self._counters.withdrawn(reason, entries)
         self.changes.withdrawn(source)
         self._keeper.withdrawn(source, reason)
-        _log.warning("source %s: %d entries withdrawn (%s)", source, entries, reason)
+        tell(_log, logging.WARNING, "entries withdrawn", source=source, entries=entries, reason=reason)
 
     def changed(self, source: str) -> None:
         """Forget what was answered about the source's instance."""
         known = self._sources.get(source)
         if known is not None:
             self._statuses.pop(known.spec.instance, None)
+            if known.stream.state is not known.told:
+                self._tell(known)
+
+    def _tell(self, known: _Source) -> None:
+        """The source has another state: one line, with how long the last one lasted."""
+        stream, now = known.stream, time.monotonic()
+        before, known.told = known.told, stream.state
+        lasted_s, known.told_at = now - known.told_at, now
+        tell(
+            _log,
+            logging.INFO if stream.state in (State.LIVE, State.SYNCING) else logging.WARNING,
+            f"source {stream.state.value}",
+            source=known.source,
+            instance=known.spec.instance,
+            before=before.value,
+            duration_ms=round(1000 * lasted_s, 1),
+            epoch=stream.epoch,
+            seq=stream.last_seq,
+            sound=stream.sound,
+            complete=self._complete(known),
+            blocks=sum(self.index.stats(known.source).blocks),
+            why=stream.why,
+        )
 
     def dropped(self, source: str, reason: str) -> None:  # noqa: ARG002 - metrics have no label a source could choose
         """Count a frame that had no effect."""

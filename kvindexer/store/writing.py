@@ -33,6 +33,7 @@ from kvindexer.store.layout import (
 from kvindexer.store.server import Refusal, ShardServer
 from kvindexer.store.shard import Flush, Rewrite
 from kvindexer.types import Epoch
+from kvindexer.watching.logs import tell
 
 _log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ class Writing:
             )  # fmt: skip
             shard.stored(written, self._clock())
             kept.stream.epoch = Epoch(step.epoch)
-        _log.info("source %s: %d records written to the store (%s)", kept.source, answer, step.why)
+        tell(_log, logging.INFO, "shard written", source=kept.source, records=answer, why=step.why)
         if before is not None:
             await server.sweep(kept.tag, Leftover(before.generation, before.buckets, 0))
         return None
@@ -286,7 +287,7 @@ class Writing:
         kept.stream.resume(Epoch(epoch), next_seq, digest, birth, coverage)
         kept.shard.loaded(checkpoint, self._clock())
         kept.shard.divergent = count != meta.entries
-        _log.info("source %s: %d records loaded from the store, up to seq %d", kept.source, count, next_seq - 1)
+        tell(_log, logging.INFO, "shard loaded", source=kept.source, records=count, seq=next_seq - 1)
 
 
 def _content(kept: KeptSource) -> Meta:
