@@ -37,6 +37,7 @@ from kvindexer.events.fleet import LeastTrusted, LiveFleet
 from kvindexer.events.keeping import Keeper, Nobody
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import Index, IndexLimits
+from kvindexer.reload import Reloads
 from kvindexer.settings import Settings
 from kvindexer.settings.tokenizer import key_of
 from kvindexer.store.connect import open_client
@@ -50,6 +51,7 @@ from kvindexer.tokenization.local import LocalTokenizer, UnusableTokenizerError
 from kvindexer.tokenization.remote import FAIR_SHARE, RemoteTokenizer
 from kvindexer.tokenization.texts import TextLimits, Texts
 from kvindexer.tokenization.tokenizer import Tokenizer
+from kvindexer.watching.logs import loop_fault, set_up
 
 _log = logging.getLogger(__name__)
 
@@ -150,7 +152,8 @@ class _Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(delay_s, self.handle_exit, signal.SIGTERM, None)
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> None:
+async def _serve(settings: Settings, listener: socket.socket, reloads: Reloads) -> None:
+    asyncio.get_running_loop().set_exception_handler(loop_fault)
     metrics = Metrics()
     speculation = Speculation(settings.max_speculative_blocks)
     fleet = LiveFleet(settings, partial(open_index, settings), metrics, open_keeper(settings), speculation)
@@ -167,7 +170,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
     )
-    async with fleet.running():
+    async with fleet.running(), reloads.running(settings, fleet, metrics.reloaded):
         host, port = listener.getsockname()[:2]
         _log.info("serving on http://%s:%d with %d sources", host, port, len(settings.sources))
         try:
@@ -192,12 +195,9 @@ def _raise_descriptor_limit(settings: Settings) -> None:
         )
 
 
-def run(settings: Settings) -> int:
-    """Serve until a signal; returns the exit status."""
-    logging.basicConfig(
-        stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # or it has a line for each request to an engine
+def run(settings: Settings, reloads: Reloads) -> int:
+    """Serve until a signal; returns the exit status.  `reloads` reads the settings again when it is asked to."""
+    set_up(settings, settings.log_level)
     _raise_descriptor_limit(settings)
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -209,7 +209,7 @@ def run(settings: Settings) -> int:
         sys.stderr.write(f"kvindexer: can't listen on {where}: {error.strerror}; choose another --host or --port\n")
         return 1
     try:
-        uvloop.run(_serve(settings, listener))
+        uvloop.run(_serve(settings, listener, reloads))
     except KvIndexerError as error:
         sys.stderr.write(f"kvindexer: {error}\n")
         return 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvindexer.commands.stopping import exit_with_stdin
 from kvindexer.errors import SettingsError
+from kvindexer.reload import Reloads
 from kvindexer.settings import load_settings
 
 if TYPE_CHECKING:
@@ -16,12 +18,14 @@ if TYPE_CHECKING:
 
 def run(options: Namespace) -> int:
     """Serve; the settings are complete before anything else of the service is imported."""
-    settings = load_settings(options.config, overrides(options), os.environ)
+    load = partial(load_settings, options.config, overrides(options), os.environ)
+    reloads = Reloads(load)
+    settings = load()
     if options.exit_with_stdin:
         exit_with_stdin()
     from kvindexer.service import run as serve  # noqa: PLC0415 - a wrong setting needn't wait for its imports
 
-    return serve(settings)
+    return serve(settings, reloads)
 
 
 def overrides(options: Namespace) -> dict[str, Any]:
