@@ -46,6 +46,7 @@ def test_health_without_sources_is_ok(api: Api) -> None:
         "incomplete": 0,
         "problems": [],
         "store": {"kind": "memory", "reachable": True, "replicas": 1, "problems": []},
+        "access": [],
     }
 
 

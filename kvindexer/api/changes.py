@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from kvindexer.api.errors import RefusedError
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.limits import RETRY_AFTER_S
-from kvindexer.api.lookup import DEFAULT_TENANT, KnownModels, keyspaces
+from kvindexer.api.lookup import KnownModels, keyspaces, tenant_named
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.openapi import reference
 from kvindexer.errors import RequestError
@@ -272,11 +272,12 @@ def routes(settings: Settings, index: Index, fleet: Fleet, models: KnownModels, 
     )
     async def changes(
         model: str,
-        tenant: str = DEFAULT_TENANT,
+        tenant: str | None = None,
         additional_salt: str | None = None,
         since: str | None = None,
         last_event_id: Annotated[str | None, Header()] = None,
     ) -> Response:
+        tenant = tenant_named(tenant)
         keyspaces(index, models, tenant, model, additional_salt=additional_salt, block_size=None)
         return streams.begin(tenant, model, additional_salt, _position(last_event_id or since))
 

@@ -17,7 +17,7 @@ from msgspec import UNSET, Meta, UnsetType
 from kvindexer.api.decoding import check_size, reader
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.forms import FORMS, Call
-from kvindexer.api.lookup import DEFAULT_TENANT, find
+from kvindexer.api.lookup import find, tenant_named
 from kvindexer.api.matching import Asked, Matcher
 from kvindexer.api.near import near
 from kvindexer.api.openapi import HotRoute
@@ -180,7 +180,7 @@ class ExplainRoute:
     # No such model, salt or block size
 
     def _not_known(self, request: MatchRequest, error: RequestError) -> ExplainAnswer:
-        tenant = request.tenant or DEFAULT_TENANT
+        tenant = tenant_named(request.tenant)
         reason, models, sizes = error.code, [], []
         if reason == "unknown_model":
             known = family(self._fleet, tenant, request.model, request.additional_salt)
@@ -203,7 +203,7 @@ class ExplainRoute:
     # Instances
 
     async def _explained(self, request: MatchRequest, asked: Asked, prompt: Prompt) -> ExplainAnswer:
-        tenant = request.tenant or DEFAULT_TENANT
+        tenant = tenant_named(request.tenant)
         known = family(self._fleet, tenant, request.model, request.additional_salt)
         every = self._matcher.keyspaces(tenant, request.model, request.additional_salt, None)
         situations = Situations(self._index, known, prompt)
@@ -282,7 +282,7 @@ class ExplainRoute:
         models: dict[str, set[str]] = {}
         for spec in self._fleet.specs():
             if (
-                spec.tenant == (request.tenant or DEFAULT_TENANT)
+                spec.tenant == tenant_named(request.tenant)
                 and spec.model != request.model
                 and request.additional_salt in (None, spec.additional_salt)
                 and not is_store(spec)

@@ -13,7 +13,7 @@ from msgspec import Meta
 from kvindexer.api.decoding import check_size, reader
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.forms import FORMS, Call
-from kvindexer.api.lookup import DEFAULT_TENANT
+from kvindexer.api.lookup import tenant_named
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.openapi import HotRoute
 from kvindexer.api.schemas import Name, Text
@@ -75,7 +75,7 @@ class FeedbackRoute:
         """Answer one request.  Raises RequestError."""
         check_size(call.body, form=call.form, settings="the number of fields")
         request = _read[call.form](call.body)
-        tenant = request.tenant or DEFAULT_TENANT
+        tenant = tenant_named(request.tenant)
         name = None if request.request_id is None else (tenant, request.instance, request.request_id)
         if name is not None and name in self._seen:
             outcome = outcome_of(request.predicted_tokens, request.cached_tokens)

@@ -8,12 +8,15 @@ until every source known at start is in sync or has had its time, 200 from then 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 
+from kvindexer.access.identity import sees_all
+from kvindexer.access.kept import Trouble
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.metrics import CONTENT_TYPE, STATES, Metrics
 from kvindexer.api.openapi import answer_body
@@ -35,7 +38,7 @@ class Problem(msgspec.Struct):
 
 
 class StoreTrouble(msgspec.Struct):
-    """Why the durable copy is not as it should be, and what to change."""
+    """Why the durable copy, or what decides about access, is not as it should be, and what to change."""
 
     reason: str
     message: str
@@ -52,7 +55,7 @@ class StoreHealth(msgspec.Struct):
 
 
 class HealthAnswer(msgspec.Struct):
-    """`ok`, or `degraded` with what is wrong."""
+    """`ok`, or `degraded` with what is wrong; callers who are not known, or of one tenant, are told no details."""
 
     status: str
     ready: bool
@@ -61,6 +64,7 @@ class HealthAnswer(msgspec.Struct):
     incomplete: int
     problems: list[Problem]
     store: StoreHealth
+    access: list[StoreTrouble]
 
 
 class ReadyAnswer(msgspec.Struct):
@@ -72,13 +76,13 @@ class ReadyAnswer(msgspec.Struct):
 ANSWERS: Final = (HealthAnswer, ReadyAnswer)
 
 
-def routes(fleet: Fleet, metrics: Metrics) -> APIRouter:
-    """The three routes."""
+def routes(fleet: Fleet, metrics: Metrics, access: Callable[[], Sequence[Trouble]] = tuple) -> APIRouter:
+    """The three routes; `access` tells what is wrong with tokens and certificates."""
     router = APIRouter(tags=["Operation"])
 
     @router.get("/health", summary="Is all well?", responses=answer_body(HealthAnswer))
     async def health() -> Response:
-        return Response(_encode(_health(fleet)), media_type="application/json")
+        return Response(_encode(_health(fleet, access())), media_type="application/json")
 
     @router.get("/ready", summary="Is the index warm?", responses=answer_body(ReadyAnswer, 200, 503))
     async def ready() -> Response:
@@ -91,24 +95,26 @@ def routes(fleet: Fleet, metrics: Metrics) -> APIRouter:
     return router
 
 
-def _health(fleet: Fleet) -> HealthAnswer:
+def _health(fleet: Fleet, access: Sequence[Trouble]) -> HealthAnswer:
     reports = fleet.reports()
     states = Counter(report.state for report in reports)
     problems = [report for report in reports if report.state != "live" or not report.sound]
     store, troubles = fleet.store(), fleet.problems()
+    most = MAX_PROBLEMS if sees_all() else 0
     return HealthAnswer(
-        status="degraded" if problems or troubles else "ok",
+        status="degraded" if problems or troubles or access else "ok",
         ready=fleet.ready,
         sources={state: states[state] for state in STATES},
         unsound=sum(not report.sound for report in reports),
         incomplete=sum(not report.complete for report in reports),
-        problems=[_problem(report) for report in problems[:MAX_PROBLEMS]],
+        problems=[_problem(report) for report in problems[:most]],
         store=StoreHealth(
             kind=store.kind,
             reachable=store.reachable,
             replicas=store.replicas,
-            problems=[StoreTrouble(*trouble) for trouble in troubles[:MAX_PROBLEMS]],
+            problems=[StoreTrouble(*trouble) for trouble in troubles[:most]],
         ),
+        access=[StoreTrouble(*trouble) for trouble in access[:most]],
     )
 
 

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from msgspec import Meta
 
-from kvindexer.api.lookup import DEFAULT_TENANT, KnownModels, keyspaces
+from kvindexer.api.lookup import KnownModels, keyspaces, tenant_named
 from kvindexer.api.openapi import answer_body
 from kvindexer.api.schemas import MAX_NAME
 from kvindexer.index.seam import Holding, Index
@@ -97,7 +97,7 @@ class PrewarmAnswer(msgspec.Struct):
 ANSWERS: Final = (PrefixesAnswer, SingleAnswer, PrewarmAnswer)
 
 ModelName = Annotated[str, Query(min_length=1, max_length=MAX_NAME)]
-TenantName = Annotated[str, Query(max_length=MAX_NAME)]
+TenantName = Annotated[str | None, Query(max_length=MAX_NAME)]
 SaltName = Annotated[str | None, Query(max_length=MAX_NAME)]
 Top = Annotated[int, Query(ge=1, le=MAX_TOP)]
 
@@ -116,10 +116,10 @@ class HeatViews:
         self._heat = heat
         self._models = models
 
-    def spaces(self, tenant: str, model: str, salt: str | None) -> list[Keyspace]:
+    def spaces(self, tenant: str | None, model: str, salt: str | None) -> list[Keyspace]:
         """The keyspaces that may be looked at.  Raises RequestError."""
         return keyspaces(
-            self._index, self._models, tenant or DEFAULT_TENANT, model, additional_salt=salt, block_size=None
+            self._index, self._models, tenant_named(tenant), model, additional_salt=salt, block_size=None
         )
 
     async def prefixes(self, spaces: list[Keyspace], most: int) -> list[HotPrefix]:
@@ -187,7 +187,7 @@ def routes(views: HeatViews) -> APIRouter:
 
     @router.get("/v1/heat/prefixes", summary="Top shared prefixes", responses=answer_body(PrefixesAnswer))
     async def prefixes(
-        model: ModelName, tenant: TenantName = DEFAULT_TENANT, additional_salt: SaltName = None, top: Top = 10
+        model: ModelName, tenant: TenantName = None, additional_salt: SaltName = None, top: Top = 10
     ) -> Response:
         spaces = views.spaces(tenant, model, additional_salt)
         rows = await views.prefixes(spaces, top)
@@ -195,7 +195,7 @@ def routes(views: HeatViews) -> APIRouter:
 
     @router.get("/v1/heat/single", summary="Hot blocks with a single copy", responses=answer_body(SingleAnswer))
     async def single(
-        model: ModelName, tenant: TenantName = DEFAULT_TENANT, additional_salt: SaltName = None, top: Top = 10
+        model: ModelName, tenant: TenantName = None, additional_salt: SaltName = None, top: Top = 10
     ) -> Response:
         spaces = views.spaces(tenant, model, additional_salt)
         return _answer(SingleAnswer(model, await views.single(spaces, top)))
@@ -204,7 +204,7 @@ def routes(views: HeatViews) -> APIRouter:
     async def prewarm(
         model: ModelName,
         instance: ModelName,
-        tenant: TenantName = DEFAULT_TENANT,
+        tenant: TenantName = None,
         additional_salt: SaltName = None,
         top: Top = 10,
     ) -> Response:

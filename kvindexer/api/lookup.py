@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from time import monotonic
 from typing import Final, NamedTuple
 
+from kvindexer.access.identity import tenant_of
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.prompt import Prompt
 from kvindexer.errors import RequestError, UnknownModelError
@@ -18,6 +19,11 @@ from kvindexer.types import Keyspace
 
 DEFAULT_TENANT: Final = "default"
 KNOWN_FOR_S: Final = 1.0
+
+
+def tenant_named(given: str | None) -> str:
+    """The tenant that a request is about, given what it names.  Raises RequestError if its caller may not."""
+    return tenant_of(given) or DEFAULT_TENANT
 
 
 class KnownModels:

@@ -14,7 +14,7 @@ from kvindexer.api.fleet import Fleet
 from kvindexer.api.forms import FORMS, Form
 from kvindexer.api.identities import Candidates, Identities
 from kvindexer.api.lookahead import Lookahead
-from kvindexer.api.lookup import DEFAULT_TENANT, Found, KnownModels, find, keyspaces
+from kvindexer.api.lookup import Found, KnownModels, find, keyspaces, tenant_named
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.prompt import Prompt
 from kvindexer.api.rows import Listed, Ranking, RowMaker, requirements
@@ -91,7 +91,8 @@ class Matcher:
         if question.candidates is not None:
             candidates, known = self.candidates(question, question.candidates, spaces)
             all_of_them = len(spaces) == 1 and len(known) == len(self._index.instances(spaces[0]))
-        ranking = Ranking(required, weights, question.order == "score", question.top_k, question.by_rank)
+        order, top_k = question.order, question.top_k
+        ranking = Ranking(required, weights, order == "score", top_k, question.by_rank, order == "expected")
         return Asked(question.model, spaces, candidates, known, all_of_them, ranking, form)
 
     def keyspaces(self, tenant: str | None, model: str, salt: str | None, block_size: int | None) -> list[Keyspace]:
@@ -99,7 +100,7 @@ class Matcher:
         return keyspaces(
             self._index,
             self._models,
-            tenant or DEFAULT_TENANT,
+            tenant_named(tenant),
             model,
             additional_salt=salt,
             block_size=block_size,
@@ -134,7 +135,7 @@ class Matcher:
         sizes: dict[str, int] = {}
         for space in spaces:
             sizes |= dict.fromkeys(self._index.instances(space), space.block_size)
-        family = (question.tenant or DEFAULT_TENANT, question.model, question.additional_salt)
+        family = (tenant_named(question.tenant), question.model, question.additional_salt)
         candidates = self._identities.resolve(names, family, sizes)
         return candidates, {name: sizes[name] for name in candidates.spelled}
 

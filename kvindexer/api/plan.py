@@ -15,7 +15,7 @@ from kvindexer.api.decoding import check_size, reader
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.forms import FORMS, Call
 from kvindexer.api.holders import EngineHashes, Holders, Named, engine_hash
-from kvindexer.api.lookup import DEFAULT_TENANT
+from kvindexer.api.lookup import tenant_named
 from kvindexer.api.openapi import HotRoute
 from kvindexer.api.schemas import Name, Salt, Text
 from kvindexer.index.seam import Index
@@ -111,7 +111,7 @@ class PlanRoute:
         request = _read[call.form](call.body)
         self._holders.check(len(request.hashes))
         publishers = self._holders.publishers(
-            tenant=request.tenant or DEFAULT_TENANT,
+            tenant=tenant_named(request.tenant),
             model=request.model,
             salt=request.additional_salt,
             source=None,

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+from kvindexer.access.identity import no_keys, salt_of
 from kvindexer.api.decoding import unsigned
 from kvindexer.api.lookup import one_size
 from kvindexer.api.prompt import KeyPrompt, Prompt, TokenPrompt, decoded_tokens, packed_tokens
@@ -82,10 +83,11 @@ def tokens_of(request: Tokenized, max_tokens: int) -> TokenPrompt:
             "offset and length are in tokens of the prompt",
             status=422,
         )
-    return TokenPrompt(packed, lora=request.lora, cache_salt=request.cache_salt, multimodal=items)
+    return TokenPrompt(packed, lora=request.lora, cache_salt=salt_of(request.cache_salt), multimodal=items)
 
 
 def _of_keys(request: Given, keys: list[int], block_size: int, max_tokens: int) -> KeyPrompt:
+    no_keys()
     if request.lora or request.cache_salt or request.multimodal:
         raise RequestError(
             "extras_with_keys",

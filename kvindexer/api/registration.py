@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from kvindexer.api.lookup import DEFAULT_TENANT
+from kvindexer.api.lookup import tenant_named
 from kvindexer.api.rfc_schemas import one_of
 from kvindexer.api.schemas import MAX_NAME, Name, Size, Text
 from kvindexer.errors import RequestError, SettingsError
@@ -87,7 +87,7 @@ def source_of(body: Registration) -> SourceSpec:
         replay=body.replay_endpoint or None,
         rank=body.dp_rank or 0,
         type=type_named(body.type),
-        tenant=one_of(body, "tenant_id", "routing_group") or DEFAULT_TENANT,
+        tenant=tenant_named(one_of(body, "tenant_id", "routing_group")),
         topic=body.topic,
         lora=body.lora_name or None,
         additional_salt=one_of(body, "additionalsalt", "additional_salt") or "",

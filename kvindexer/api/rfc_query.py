@@ -15,8 +15,9 @@ from collections.abc import Iterable
 
 import msgspec
 
+from kvindexer.access.identity import no_keys, salt_of
 from kvindexer.api.decoding import check_size, reader, unsigned
-from kvindexer.api.lookup import DEFAULT_TENANT, Found, KnownModels, find, keyspaces, one_size
+from kvindexer.api.lookup import Found, KnownModels, find, keyspaces, one_size, tenant_named
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.prompt import KeyPrompt, Prompt, TokenPrompt, packed_tokens
 from kvindexer.api.rfc_schemas import (
@@ -64,12 +65,15 @@ class QueryRoutes:
         query = _read_tokens(body)
         spaces = self._keyspaces(query)
         packed = packed_tokens(query.token_ids, self._max_prompt_tokens)
-        return self._answer(query, spaces, TokenPrompt(packed, lora=query.lora_name, cache_salt=query.cache_salt))
+        return self._answer(
+            query, spaces, TokenPrompt(packed, lora=query.lora_name, cache_salt=salt_of(query.cache_salt))
+        )
 
     def by_hash(self, body: bytes) -> bytes:
         """POST /query_by_hash.  Raises RequestError."""
         check_size(body, self._max_prompt_tokens)
         query = _read_hashes(body)
+        no_keys()
         if query.cache_salt or query.lora_name:
             raise RequestError(
                 "extras_with_hashes",
@@ -110,7 +114,7 @@ class QueryRoutes:
         return keyspaces(
             self._index,
             self._models,
-            one_of(query, "tenant_id", "routing_group") or DEFAULT_TENANT,
+            tenant_named(one_of(query, "tenant_id", "routing_group")),
             model,
             additional_salt=one_of(query, "additionalsalt", "additional_salt"),
             block_size=query.block_size,
@@ -126,7 +130,7 @@ class QueryRoutes:
         self._metrics.asked(hit, prompt.tokens(spaces[0].block_size))
         if query.model is None and query.modelname is None:
             return _encode(_dynamo(found))
-        return _encode({one_of(query, "tenant_id", "routing_group") or DEFAULT_TENANT: _mooncake(found)})
+        return _encode({tenant_named(one_of(query, "tenant_id", "routing_group")): _mooncake(found)})
 
 
 def _chained(hashes: list[int], name: str) -> list[int]:

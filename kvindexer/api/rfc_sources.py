@@ -5,19 +5,23 @@ An integer `instance_id` is Dynamo's way and is answered in Dynamo's way; a stri
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Final
 
 import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from kvindexer.access.identity import FORBIDDEN, caller, sees, tenant_of
 from kvindexer.api.decoding import reader
 from kvindexer.api.fleet import Fleet, SourceReport
-from kvindexer.api.lookup import DEFAULT_TENANT
+from kvindexer.api.lookup import tenant_named
 from kvindexer.api.openapi import answer_body, request_body
 from kvindexer.api.registration import Registration, Unregistration, source_of, type_named
 from kvindexer.api.rfc_schemas import one_of
-from kvindexer.errors import RequestError
+from kvindexer.errors import ConflictError, RequestError
+from kvindexer.types import SourceSpec
 
 _STATUS: Final = {"live": "active", "syncing": "pending", "stale": "stale", "gone": "failed"}
 """Our states in Dynamo's words, as far as it has some."""
@@ -68,8 +72,8 @@ class Worker(msgspec.Struct):
 ANSWERS: Final = (Registered, Unregistered, Worker)
 
 
-def routes(fleet: Fleet) -> APIRouter:
-    """The three routes."""
+def routes(fleet: Fleet, endpoints: Mapping[str, Sequence[str]] | None = None) -> APIRouter:
+    """The three routes; `endpoints`: what callers of these tenants may register, as patterns."""
     router = APIRouter(tags=["RFC #1403"])
 
     @router.post(
@@ -81,6 +85,7 @@ def routes(fleet: Fleet) -> APIRouter:
     async def register(request: Request) -> Response:
         body = _read_registration(await request.body())
         spec = source_of(body)
+        _check_bounds(fleet, spec, endpoints)
         fleet.register(spec)
         if isinstance(body.instance_id, int):
             return _json(Registered("ok"), 201)
@@ -96,7 +101,8 @@ def routes(fleet: Fleet) -> APIRouter:
         body = _read_unregistration(await request.body())
         instance = str(body.instance_id)
         of_dynamo = isinstance(body.instance_id, int)
-        tenant = one_of(body, "tenant_id", "routing_group") or (None if of_dynamo else DEFAULT_TENANT)
+        named = one_of(body, "tenant_id", "routing_group")
+        tenant = tenant_of(named) if of_dynamo else tenant_named(named)
         model = one_of(body, "model", "modelname", "model_name")
         source_type = type_named(body.type) if body.type else None
         removed = fleet.unregister(instance, model=model, tenant=tenant, rank=body.dp_rank, source_type=source_type)
@@ -116,7 +122,7 @@ def routes(fleet: Fleet) -> APIRouter:
     async def workers(
         model_name: str | None = None, routing_group: str | None = None, tenant_id: str | None = None
     ) -> Response:
-        tenant = routing_group or tenant_id
+        tenant = tenant_of(routing_group or tenant_id)
         listed = [
             report
             for report in fleet.reports()
@@ -125,6 +131,34 @@ def routes(fleet: Fleet) -> APIRouter:
         return _json(_workers(listed))
 
     return router
+
+
+def _check_bounds(fleet: Fleet, spec: SourceSpec, endpoints: Mapping[str, Sequence[str]] | None) -> None:
+    """Raise RequestError for what a caller that is bound to a tenant may not register.
+
+    What is said of another tenant's sources is that they are there, and nothing else.
+    """
+    asking = caller()
+    if asking is None or asking.grant.tenant is None:
+        return
+    allowed = (endpoints or {}).get(asking.grant.tenant)
+    for endpoint in (spec.endpoint, spec.replay):
+        if endpoint and allowed is not None and not any(fnmatchcase(endpoint, pattern) for pattern in allowed):
+            raise RequestError(
+                "endpoint_not_allowed",
+                f"endpoint {endpoint!r} is none of this caller's tenant",
+                f"allowed are {', '.join(allowed)} (setting auth_tenant_endpoints)",
+                status=FORBIDDEN,
+            )
+    ours = {endpoint for endpoint in (spec.endpoint, spec.replay) if endpoint}
+    for other in fleet.specs():
+        if sees(other.tenant):
+            continue
+        if other.instance == spec.instance or ours.intersection((other.endpoint, other.replay)):
+            raise ConflictError(
+                "the instance or its endpoint is registered already, not by this caller's tenant",
+                "give the instance another name, or ask whoever runs the service",
+            )
 
 
 def _workers(reports: list[SourceReport]) -> list[Worker]:

@@ -12,12 +12,13 @@ import msgspec
 
 from kvindexer.api.decoding import check_size, reader
 from kvindexer.api.forms import FORMS, Call
-from kvindexer.api.lookup import DEFAULT_TENANT, KnownModels, find, keyspaces
+from kvindexer.api.lookup import KnownModels, find, keyspaces, tenant_named
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.schemas import MatchRequest, Name
 from kvindexer.api.text import Messages, PromptText, TextPrompts, Tools
 from kvindexer.index.seam import Index
 from kvindexer.settings import Settings
+from kvindexer.tiering.heat import HeatCounts
 from kvindexer.tiering.weights import Weights, score
 from kvindexer.types import Keyspace
 
@@ -48,9 +49,17 @@ class ScoreRoutes:
     """Both routes."""
 
     def __init__(
-        self, settings: Settings, index: Index, models: KnownModels, metrics: Metrics, texts: TextPrompts
+        self,
+        settings: Settings,
+        index: Index,
+        models: KnownModels,
+        metrics: Metrics,
+        texts: TextPrompts,
+        *,
+        heat: HeatCounts,
     ) -> None:
         self._index = index
+        self._heat = heat
         self._models = models
         self._metrics = metrics
         self._texts = texts
@@ -75,6 +84,8 @@ class ScoreRoutes:
         self._spaces(request.model)  # an unknown model is told before a tokenizer works for it
         prompt = await self._texts.prompt(request)
         spaces = self._spaces(request.model)
+        for space in spaces:
+            self._heat.asked(space, prompt.keys(space.block_size))
         best: dict[str, float] = {}
         longest = 0
         for space, matches in find(self._index, spaces, prompt, None):
@@ -87,4 +98,4 @@ class ScoreRoutes:
         return call.answer.encode(best)
 
     def _spaces(self, model: str) -> list[Keyspace]:
-        return keyspaces(self._index, self._models, DEFAULT_TENANT, model, additional_salt=None, block_size=None)
+        return keyspaces(self._index, self._models, tenant_named(None), model, additional_salt=None, block_size=None)

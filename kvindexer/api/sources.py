@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from msgspec import Meta
 
+from kvindexer.access.identity import sees, sees_all, tenant_of
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.openapi import answer_body
@@ -83,8 +84,8 @@ class SourceEntry(msgspec.Struct):
 class Totals(msgspec.Struct):
     """Counters of the whole service since its start, and what its index holds now."""
 
-    events: int
-    queries: int
+    events: Annotated[int | None, Meta(description="Null for callers that are bound to a tenant.")]
+    queries: int | None
     blocks: int
 
 
@@ -104,6 +105,7 @@ def routes(fleet: Fleet, metrics: Metrics, index: Index) -> APIRouter:
 
     @router.get("/v1/sources", summary="State of all sources", responses=answer_body(SourcesAnswer))
     async def sources(tenant: str | None = None, model: str | None = None, instance: str | None = None) -> Response:
+        tenant = tenant_of(tenant)
         reports = fleet.reports()
         sizes = BlockSizes(index)
         entries = [
@@ -113,8 +115,9 @@ def routes(fleet: Fleet, metrics: Metrics, index: Index) -> APIRouter:
             and model in (None, report.spec.model)
             and instance in (None, report.spec.instance)
         ]
-        held = sum(sum(report.blocks) for report in reports)
-        answer = SourcesAnswer(entries, Totals(metrics.events, metrics.queries, held))
+        held = sum(sum(report.blocks) for report in reports if sees(report.spec.tenant))
+        totals = Totals(metrics.events, metrics.queries, held) if sees_all() else Totals(None, None, held)
+        answer = SourcesAnswer(entries, totals)
         return Response(_encode(answer), media_type="application/json")
 
     return router

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Protocol
 
 from msgspec import Meta
 
+from kvindexer.access.identity import salt_of
 from kvindexer.api.prompt import TokenPrompt
 from kvindexer.errors import RequestError
 from kvindexer.tokenization.texts import Texts
@@ -69,8 +70,9 @@ class TextPrompts:
 
     async def prompt(self, request: TextRequest) -> TokenPrompt:
         """The prompt of a request that gives text.  Raises RequestError."""
+        salt = salt_of(request.cache_salt)
         tokens, items = await self._texts.tokenized(request.model, text_of(request))
-        return TokenPrompt(tokens, lora=request.lora, cache_salt=request.cache_salt, multimodal=items)
+        return TokenPrompt(tokens, lora=request.lora, cache_salt=salt, multimodal=items)
 
 
 _OTHERS: Final = ("tokens", "tokens_b64", "keys", "keys_b64", "prompt_tokens", "multimodal")

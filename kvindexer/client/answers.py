@@ -304,8 +304,9 @@ class SourceEntry(msgspec.Struct, frozen=True):
 class Totals(msgspec.Struct, frozen=True):
     """Counters of the whole service."""
 
-    events: int
-    queries: int
+    events: int | None
+    """None for callers that are bound to a tenant."""
+    queries: int | None
     blocks: int
 
 

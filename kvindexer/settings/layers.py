@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, get_args
 
-import yaml
 from pydantic import SecretStr, ValidationError
 
 from kvindexer.errors import SettingsError
 from kvindexer.settings.source import HIDDEN, short
 from kvindexer.settings.whole import Settings
+from kvindexer.settings.yaml_file import read_yaml
 from kvindexer.store.address import without_password
 
 ENV_PREFIX: Final = "KVINDEXER_"
@@ -62,34 +62,12 @@ def _is_service_link(name: str, value: str) -> bool:
     return bool(_LINK_NAME.search(name)) or (name.endswith("_PORT") and bool(_LINK_VALUE.match(value)))
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win without a word; here it is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen if isinstance(key, yaml.ScalarNode) else False:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
 def _yaml_file(config: Path) -> dict[str, Any]:
-    shown = str(config)
-    try:
-        with config.open("rb") as file:
-            content = yaml.load(file, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
-    except OSError as error:
-        raise SettingsError("config", shown, f"a readable file ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = getattr(error, "problem", None) or "it can't be read"
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise SettingsError("config", shown, f"YAML ({problem}{place})") from None
+    content = read_yaml(config, "config")
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise SettingsError("config", shown, "a YAML map of settings")
+        raise SettingsError("config", str(config), "a YAML map of settings")
     return content
 
 

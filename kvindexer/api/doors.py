@@ -1,0 +1,136 @@
+"""Every request passes a door: whose is it, may it come in here, and does this caller ask too often.
+
+    headers, certificate ─► Guard ─► Identity ─► Door of the path (`access.doors`) ─► Rates ─► inside
+
+What is refused here is refused before its body is read.  Nothing that was presented is logged or sent back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from math import ceil
+from time import monotonic
+from typing import Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kvindexer.access.doors import DOORS, Door
+from kvindexer.access.errors import ForbiddenError, UnauthenticatedError, UndecidedError
+from kvindexer.access.guard import Guard
+from kvindexer.access.identity import ANONYMOUS, Identity, enter
+from kvindexer.access.rates import Rates, network_of
+from kvindexer.api.errors import CLOSE, RefusedError
+from kvindexer.api.limits import PROBES, RETRY_AFTER_S
+from kvindexer.errors import RequestError
+
+CERTIFICATE: Final = "kvindexer.certificate"
+"""Key in the scope: what TLS knows of the client's certificate (`api.connection`)."""
+
+_CHALLENGE: Final = (b"www-authenticate", b'Bearer realm="kvindexer"')
+_WRONG: Final = (b"www-authenticate", b'Bearer realm="kvindexer", error="invalid_token"')
+
+
+class Doors:
+    """Middleware; without a guard everybody may do everything, without rates as often as he likes."""
+
+    def __init__(self, app: ASGIApp, guard: Guard | None, rates: Rates | None) -> None:
+        self._app = app
+        self._guard = guard
+        self._rates = rates
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request in, or raise RequestError."""
+        if scope["type"] != "http":
+            raise RuntimeError("only HTTP has doors")
+        path = scope["path"]
+        identity = None
+        if self._guard is not None:
+            door = DOORS.get(path)
+            # each request, also a refused one: asyncio may hand the context of an earlier request down to this one
+            enter(ANONYMOUS)
+            if door is not None and door.role is None:
+                identity = self._guard.glance(_authorization(scope), scope.get(CERTIFICATE))
+            else:
+                found = self._identified(self._guard, scope)
+                identity = found if isinstance(found, Identity) else await _settled(found)
+            enter(identity)
+        if self._rates is not None and path not in PROBES:
+            self._count(self._rates, scope, identity)
+        if identity is not None:
+            _open(path, identity)
+        await self._app(scope, receive, send)
+
+    def _identified(self, guard: Guard, scope: Scope) -> Identity | Awaitable[Identity]:
+        try:
+            return guard.identify(_authorization(scope), scope.get(CERTIFICATE))
+        except RequestError as error:
+            if self._rates is not None:
+                self._count(self._rates, scope, None)  # guessing costs as much as asking
+            raise _refused(error) from None
+
+    def _count(self, rates: Rates, scope: Scope, identity: Identity | None) -> None:
+        client = scope.get("client")
+        name = f"= {identity.name}" if identity is not None else network_of(client[0]) if client else ""
+        wait_s = rates.take(name, monotonic())
+        if wait_s:
+            raise RefusedError(
+                RequestError(
+                    "too_many_requests",
+                    "this caller asks more often than it may",
+                    "ask less often, or raise max_requests_per_s",
+                    status=429,
+                ),
+                (b"retry-after", b"%d" % ceil(wait_s)),
+                CLOSE,
+            )
+
+
+def _authorization(scope: Scope) -> bytes | None:
+    found: bytes | None = None
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            if found is not None:  # a proxy may have looked at the other one
+                raise _refused(UnauthenticatedError("there are several Authorization headers", "send one"))
+            found = value
+    return found
+
+
+async def _settled(found: Awaitable[Identity]) -> Identity:
+    try:
+        return await found
+    except RequestError as error:
+        raise _refused(error) from None
+
+
+def _open(path: str, identity: Identity) -> None:
+    """Raise RequestError if this door is shut to the caller."""
+    door = DOORS.get(path)
+    if door is None:
+        raise RefusedError(RequestError("not_found", "no such route", "see /docs for the routes", status=404), CLOSE)
+    grant = identity.grant
+    if door.role is not None and not grant.may(door.role):
+        has = ", ".join(sorted(grant.roles)) or "none"
+        raise _refused(ForbiddenError("no_role", f"this needs the role {door.role}", f"the caller's roles: {has}"))
+    if _shuts(door, grant.tenant, grant.cache_salt):
+        raise _refused(
+            ForbiddenError(
+                "not_scoped",
+                f"the answers of this route show blocks of {door.shows}",
+                "it needs a caller that is not bound to one",
+            )
+        )
+
+
+def _shuts(door: Door, tenant: str | None, cache_salt: str | None) -> bool:
+    if door.shows == "every tenant":
+        return tenant is not None or cache_salt is not None
+    return door.shows == "every salt" and cache_salt is not None
+
+
+def _refused(error: RequestError) -> RefusedError:
+    headers: list[tuple[bytes, bytes]] = [CLOSE]
+    if isinstance(error, UnauthenticatedError):
+        headers.append(_WRONG if error.presented else _CHALLENGE)
+    elif isinstance(error, UndecidedError):
+        headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+    return RefusedError(error, *headers)
