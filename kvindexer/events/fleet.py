@@ -88,6 +88,7 @@ class LiveFleet:
         counters: Counters,
         keeper: Keeper | None = None,
         speculation: Speculation | None = None,
+        *,
         finder: Finder | None = None,
     ) -> None:
         self.settings = settings

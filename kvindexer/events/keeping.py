@@ -1,6 +1,6 @@
 """What a fleet tells to whoever keeps its index beyond this process, and what that may ask of the fleet.
 
-    LiveFleet ── registered, applied, withdrawn, unregistered ──► Keeper (`store.keeper`)
+    LiveFleet ── registered, applied, withdrawn, ended, unregistered ──► Keeper (`store.keeper`)
     LiveFleet ◄── dial, follow anew, register, unregister ─────── Keeper
 
 `Nobody` is the keeper of an index that lives in memory alone.
@@ -93,6 +93,9 @@ class Keeper(Protocol):
     def forget(self, source: str) -> None:
         """A source is not followed here any more."""
 
+    def ended(self, source: str) -> None:
+        """The life of this source that is followed is over, for all replicas: nobody will go on from its copy."""
+
     def registered(self, source: str, spec: SourceSpec) -> None:
         """Somebody has registered a source with this replica, for all of them."""
 
@@ -130,6 +133,9 @@ class Nobody:
 
     def forget(self, source: str) -> None:
         """See `Keeper.forget`."""
+
+    def ended(self, source: str) -> None:
+        """See `Keeper.ended`."""
 
     def registered(self, source: str, spec: SourceSpec) -> None:
         """See `Keeper.registered`."""

@@ -6,7 +6,7 @@ same thing again is fine, something that contradicts it is refused until the old
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -78,12 +78,14 @@ class Registry:
         tenant: str | None = None,
         rank: int | None = None,
         source_type: SourceType | None = None,
+        but: Container[str] = (),
     ) -> list[tuple[str, SourceSpec]]:
         """Remove an instance's sources, all or those of one model, tenant, rank or type; returns what was removed."""
         chosen = [
             (source, spec)
             for source, spec in self._specs.items()
             if spec.instance == instance
+            and source not in but
             and model in (None, spec.model)
             and tenant in (None, spec.tenant)
             and rank in (None, spec.rank)

@@ -6,7 +6,9 @@ directory never reads as "all unregistered".
 
     registered   over HTTP with one replica, for all
     removed      unregistered with one replica, for all
-    local        follows from a replica's own settings or an engine's list; here only so that readers find its shard
+    local        follows from a replica's own settings, its discovery or an engine's list; here only so that readers
+                 find its shard
+    dropped      not a line, but the wish that a local one be none: the life that it names is over
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ class Kind(StrEnum):
     REGISTERED = "registered"
     REMOVED = "removed"
     LOCAL = "local"
+    DROPPED = "dropped"
+
+
+_OVER: Final = (Kind.REMOVED, Kind.DROPPED)
 
 
 class Line(NamedTuple):
@@ -81,9 +87,17 @@ class Directory:
 
     def note_local(self, source: str, spec: bytes) -> None:
         """A source is followed that nobody registered over HTTP."""
-        known = self._lines.get(source)
-        if source not in self._wanted and (known is None or (known.kind, known.spec) != (Kind.REGISTERED, spec)):
+        known, wanted = self._lines.get(source), self._wanted.get(source)
+        free = wanted is None or wanted.kind is Kind.DROPPED
+        if free and (known is None or (known.kind, known.spec) != (Kind.REGISTERED, spec)):
             self.want(source, Kind.LOCAL, spec)
+
+    def drop(self, source: str, spec: bytes) -> None:
+        """What a local line says is over; a line that somebody has registered since stays."""
+        known, wanted = self._lines.get(source), self._wanted.get(source)
+        named = Kind.REGISTERED in (known and known.kind, wanted and wanted.kind)
+        if not named:
+            self.want(source, Kind.DROPPED, spec)
 
     def wanted(self) -> list[Wanted]:
         """What has to be written; before the directory was read, nothing that may stand there better already."""
@@ -113,6 +127,8 @@ class Directory:
             self._keep(source, line)
         for source, line in self._lines.items():
             there = found.get(source)
+            if line.kind is Kind.DROPPED:
+                continue
             if source not in self._wanted and (there is None or there.generation < line.generation):
                 self._wanted[source] = Wanted(source, line.kind, line.spec, line.generation)
         return [(source, line) for source, line in news if source not in self._wanted]
@@ -124,8 +140,8 @@ class Directory:
     def _keep(self, source: str, line: Line) -> None:
         self._lines.pop(source, None)
         self._lines[source] = line
-        if line.kind is not Kind.REMOVED:
+        if line.kind not in _OVER:
             return
-        tombstones = [name for name, known in self._lines.items() if known.kind is Kind.REMOVED]
+        tombstones = [name for name, known in self._lines.items() if known.kind in _OVER]
         if len(tombstones) > MAX_TOMBSTONES:
             del self._lines[tombstones[0]]

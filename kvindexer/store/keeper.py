@@ -229,6 +229,14 @@ class RedisKeeper:
             self._problems.pop(source, None)
             self._share_out()
 
+    def ended(self, source: str) -> None:
+        """See `Keeper.ended`."""
+        kept = self._kept.get(source)
+        if kept is not None:
+            self._ending[kept.tag] = source
+            self._directory.drop(source, kept.packed_spec)
+            self._hurry.set()
+
     def registered(self, source: str, spec: SourceSpec) -> None:
         """See `Keeper.registered`."""
         self._directory.want(source, Kind.REGISTERED, pack_spec(spec))

@@ -9,6 +9,17 @@ local known = redis.call('HGET', lines, source)
 local known_generation = known and tonumber(string.match(known, '^(%d+):')) or 0
 local counter = tonumber(redis.call('HGET', lines, '#generation') or '0')
 local generation
+if kind == 'dropped' then
+  -- what a local line says is over: its line goes, and what comes next counts from above it
+  generation = math.max(counter, known_generation, tonumber(ARGV[5])) + 1
+  if known and known ~= string.format('%d', known_generation) .. ':local:' .. spec then
+    return string.format('%d', known_generation)
+  end
+  local now = redis.call('TIME')
+  redis.call('HDEL', lines, source)
+  redis.call('HSET', lines, '#generation', string.format('%d', generation), '#version', now[1] .. '.' .. now[2])
+  return string.format('%d', generation)
+end
 if ARGV[4] == '' then
   if known == string.format('%d', known_generation) .. ':' .. kind .. ':' .. spec and known_generation >= tonumber(ARGV[5]) then
     return string.format('%d', known_generation)
