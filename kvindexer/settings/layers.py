@@ -12,9 +12,10 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final, NamedTuple, get_args
 
 from pydantic import SecretStr, ValidationError
+from pydantic_core import ErrorDetails
 
 from kvindexer.errors import SettingsError
 from kvindexer.settings.source import HIDDEN, short
@@ -25,23 +26,56 @@ from kvindexer.store.address import without_password
 ENV_PREFIX: Final = "KVINDEXER_"
 
 
+class Reading(NamedTuple):
+    """What was made of the layers."""
+
+    settings: Settings | None
+    """None: there are errors."""
+    errors: list[SettingsError]
+    """Everything that can be seen to be wrong at once."""
+    origins: dict[str, str]
+    """Where the value of a setting comes from: `variable`, `file` or `flag`; the others have their defaults."""
+
+
 def load_settings(config: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
     """Stack the layers.  Raises nothing but SettingsError."""
-    layers = (_environment(environ), _yaml_file(config) if config else {}, overrides)
-    values: dict[str, Any] = {}
-    for layer in layers:
-        values.update(layer)
-    for key, value in values.items():
-        if key not in Settings.model_fields:
-            raise SettingsError(str(key), short(value), _known_settings(str(key)))
+    settings, errors, _ = read_settings(config, overrides, environ)
+    if settings is None:
+        raise errors[0]
+    return settings
+
+
+def read_settings(config: Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> Reading:
+    """Stack the layers, and collect what is wrong with them.  Raises nothing."""
     try:
-        return Settings(**values)
+        content = _yaml_file(config) if config else {}
+    except SettingsError as error:
+        return Reading(None, [error], {})
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in (("variable", _environment(environ)), ("file", content), ("flag", overrides)):
+        values.update(layer)
+        origins.update(dict.fromkeys(layer, origin))
+    unknown = [key for key in values if key not in Settings.model_fields]
+    errors = [SettingsError(str(key), HIDDEN, _known_settings(str(key))) for key in unknown]  # may be a secret
+    for key in unknown:
+        del values[key]
+    try:
+        settings = Settings(**values)
+    except SettingsError as error:
+        errors.append(error)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name, *inside = first["loc"]
-        key = str(name) + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inside)
-        expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        raise SettingsError(key, _shown(str(name), first["input"]), expected) from None
+        errors += [_as_ours(one) for one in error.errors(include_url=False)]
+    if errors:
+        return Reading(None, errors, origins)
+    return Reading(settings, [], origins)
+
+
+def _as_ours(error: ErrorDetails) -> SettingsError:
+    name, *inside = error["loc"]
+    key = str(name) + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inside)
+    expected = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return SettingsError(key, _shown(str(name), error["input"]), expected)
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -62,7 +62,7 @@ def source_of(values: Mapping[Any, Any], key: str) -> SourceSpec:
     for name, value in values.items():
         field = ALIASES.get(name, name)
         if field not in _FIELDS:
-            raise SettingsError(f"{key}.{name}", short(value), f"one of the fields {', '.join(_FIELDS)}")
+            raise SettingsError(f"{key}.{name}", HIDDEN, f"one of the fields {', '.join(_FIELDS)}")
         if field in known:
             raise SettingsError(f"{key}.{name}", _shown(field, value), f"only one spelling of {field}")
         if isinstance(value, bool) and not field.startswith(("offload_connector", "clear_")):

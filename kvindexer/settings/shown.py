@@ -1,0 +1,69 @@
+"""Settings as they may be shown: plain values, and no secret among them.
+
+Invariant: what is not known to be harmless is hidden: a value of a kind that nobody has thought of here, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kvindexer.settings.source import HIDDEN
+from kvindexer.settings.whole import Settings
+from kvindexer.store.address import StoreAddress
+
+Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
+
+SECRET_FIELDS: Final = frozenset({"additional_salt", "cache_salt"})
+"""Fields of what stands in settings: salts keep the blocks of deployments and callers apart."""
+
+_USER: Final = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def shown(settings: Settings) -> dict[str, Plain]:
+    """All settings."""
+    return {name: plain(getattr(settings, name)) for name in Settings.model_fields}
+
+
+def different(settings: Settings) -> dict[str, Plain]:
+    """Those that differ from their defaults."""
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    names = (name for name in Settings.model_fields if getattr(settings, name) != defaults[name])
+    return {name: plain(getattr(settings, name)) for name in names}
+
+
+def plain(value: object) -> Plain:
+    """One value, as JSON and YAML can say it."""
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case str() | Path() | StoreAddress():
+            return without_user(str(value))
+        case Mapping():
+            return {str(key): plain(inside) for key, inside in value.items()}
+        case list() | tuple() | frozenset():
+            ordered = sorted(value) if isinstance(value, frozenset) else value
+            return [plain(inside) for inside in ordered]
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return _fields(value)
+    return HIDDEN
+
+
+def _fields(value: Any) -> dict[str, Plain]:
+    """The fields of a dataclass that differ from their defaults."""
+    given = ((field.name, getattr(value, field.name)) for field in fields(value) if _given(value, field))
+    return {name: HIDDEN if name in SECRET_FIELDS else plain(inside) for name, inside in given}
+
+
+def without_user(text: str) -> str:
+    """The text, with the user and the password of every address in it hidden."""
+    return _USER.sub(f"{HIDDEN}@", text)
+
+
+def _given(value: Any, field: Field[Any]) -> bool:
+    """Whether a field says something: not its default."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return default is MISSING or getattr(value, field.name) != default
