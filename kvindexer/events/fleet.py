@@ -70,8 +70,8 @@ class _Source:
         self.accuracy = Accuracy(rule)
         self.batches = 0
         self.poison = 0
-        self.told, self.told_at = State.SYNCING, time.monotonic()
-        """The state that the log knows, and since when."""
+        self.told, self.told_epoch, self.told_at = State.SYNCING, stream.epoch, time.monotonic()
+        """The state and life that the log knows, and since when."""
 
 
 class LiveFleet:
@@ -649,14 +649,14 @@ class LiveFleet:
         known = self._sources.get(source)
         if known is not None:
             self._statuses.pop(known.spec.instance, None)
-            if known.stream.state is not known.told:
+            if known.stream.state is not known.told or known.stream.epoch != known.told_epoch:
                 self._tell(known)
 
     def _tell(self, known: _Source) -> None:
-        """The source has another state: one line, with how long the last one lasted."""
+        """The source has another state, or another life: one line, with how long the last one lasted."""
         stream, now = known.stream, time.monotonic()
         before, known.told = known.told, stream.state
-        lasted_s, known.told_at = now - known.told_at, now
+        lasted_s, known.told_at, known.told_epoch = now - known.told_at, now, stream.epoch
         tell(
             _log,
             logging.INFO if stream.state in (State.LIVE, State.SYNCING) else logging.WARNING,
