@@ -134,6 +134,60 @@ def test_requirements_candidates_and_top_k_hold_for_it_too(api: Api) -> None:
     assert soon(api, require=["sound"]) == {"pod-d": (4, 4), "pod-a": (0, 8)}
 
 
+# What is on its way in the order
+
+
+def test_prompts_alike_follow_the_first_one_if_that_is_asked_for(api: Api) -> None:
+    """All hold the system prompt.  Load sent the first question elsewhere than to the first in order."""
+    for name in ("pod-a", "pod-b", "pod-c"):
+        api.store(api.add(name), PROMPT[:4])
+    routed(api, "pod-c")
+    assert next(iter(soon(api))) == "pod-a"
+    for _ in range(3):
+        (first,) = soon(api, order="expected", top_k=1)
+        assert first == "pod-c"
+        routed(api, first)
+    assert next(iter(soon(api, order="score"))) == "pod-a"
+
+
+def test_expected_order_is_by_reach_and_then_as_cached_tokens(api: Api) -> None:
+    for name in ("pod-a", "pod-b", "pod-c", "pod-d", "pod-e"):
+        api.add(name)
+    api.store("tcp://pod-b:5557", PROMPT[:4])
+    api.store("tcp://pod-c:5557", PROMPT[:20])
+    api.store("tcp://pod-d:5557", PROMPT[:24])
+    candidates = ["pod-a", "pod-b", "pod-c", "pod-d", "pod-e"]
+    plain = soon(api, candidates=candidates)
+    assert list(plain) == ["pod-d", "pod-c", "pod-b", "pod-a", "pod-e"]
+    assert soon(api, candidates=candidates, order="expected") == plain
+    routed(api, "pod-b", tokens=PROMPT[:24])
+    routed(api, "pod-e")
+    answer = soon(api, candidates=candidates, order="expected")
+    assert list(answer.items()) == [
+        ("pod-e", (0, 40)),
+        ("pod-d", (24, 24)),
+        ("pod-b", (4, 24)),
+        ("pod-c", (20, 20)),
+        ("pod-a", (0, 0)),
+    ]
+    assert list(soon(api, order="expected", top_k=2)) == ["pod-e", "pod-d"]
+    assert list(soon(api, candidates=candidates)) == ["pod-d", "pod-c", "pod-b", "pod-e", "pod-a"]
+
+
+def test_expected_order_changes_no_figure_and_holds_for_batches(api: Api) -> None:
+    api.store(api.add("pod-a"), PROMPT[:8])
+    api.add("pod-b")
+    routed(api, "pod-b")
+    body = {"model": "m", "tokens": PROMPT, "by_rank": True}
+    usual = api.post("/v1/match", body)["matches"]
+    expected = api.post("/v1/match", {**body, "order": "expected"})["matches"]
+    assert (expected[::-1], len(usual)) == (usual, 2)
+    batch = {"model": "m", "prompts": [{"tokens": PROMPT}, {"tokens": PROMPT[:8]}], "order": "expected"}
+    results = api.post("/v1/match/batch", batch)["results"]
+    instances = [[row["instance"] for row in each["matches"]] for each in results]
+    assert instances == [["pod-b", "pod-a"], ["pod-a", "pod-b"]], "of the second prompt both have all"
+
+
 def test_an_instance_that_is_unregistered_is_not_listed(api: Api) -> None:
     api.add("pod-a")
     api.add("pod-b")

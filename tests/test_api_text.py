@@ -249,6 +249,14 @@ def test_scores_are_weighted_blocks_by_pod(api: Api) -> None:
     assert api.post("/score_completions", {"model": "m", "prompt": "dog dog dog"}) == {}
 
 
+def test_scores_are_questions_too_and_feed_the_heat(api: Api) -> None:
+    for _ in range(3):
+        api.post("/score_completions", {"model": "m", "prompt": WORDS})
+        api.post("/score_chat_completions", {"model": "m", "messages": MESSAGES})
+    hot = api.client.get("/v1/heat/prefixes", params={"model": "m"}).json()["prefixes"]
+    assert {row["tokens"] for row in hot} == {8, 12}
+
+
 def test_scores_of_what_is_not_known_are_errors(api: Api) -> None:
     assert api.refused("/score_completions", {"model": "n", "prompt": WORDS})[:2] == (404, "unknown_model")
     assert api.refused("/score_completions", {"model": "m"})[0] == 422

@@ -54,11 +54,12 @@ def fleet() -> Iterator[Api]:
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.command[:60])
 def test_a_line_of_the_page_does_what_the_page_says(fleet: Api, example: Example) -> None:
-    program, *words = shlex.split(example.command)
-    assert (program, words[0], words[2], len(words)) == ("curl", "-s", "-d", 4)
-    url = urlsplit(f"http://{words[1]}")
+    program, flag, address, *rest = shlex.split(example.command)
+    assert (program, flag, rest[:1]) == ("curl", "-s", ["-d"] if rest else [])
+    url = urlsplit(f"http://{address}")
     assert url.port == Settings().port
-    response = fleet.client.post(url.path, content=words[3])
+    client = fleet.client
+    response = client.post(url.path, content=rest[1]) if rest else client.get(f"{url.path}?{url.query}")
     assert response.status_code == 200, response.text
     if example.answer is not None:
         assert response.json() == example.answer
@@ -66,8 +67,9 @@ def test_a_line_of_the_page_does_what_the_page_says(fleet: Api, example: Example
 
 def test_the_page_has_examples_of_all_its_routes() -> None:
     commands = "".join(example.command for example in examples())
-    routes = ("/v1/match", "/v1/match/batch", "/v1/keys", "/v1/explain")
+    routes = ("/v1/match", "/v1/match/batch", "/v1/keys", "/v1/routed", "/v1/feedback", "/v1/explain")
     assert all(f"localhost:8090{path} " in commands for path in routes)
+    assert "localhost:8090/v1/heat/prewarm?" in commands
 
 
 def test_the_limits_of_the_page_are_settings() -> None:

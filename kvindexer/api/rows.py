@@ -2,12 +2,12 @@
 
 A row shows the instance's best rank, never a union over ranks.  What is best is the same between ranks and between
 instances: more cached tokens, which spare most work, then more matched ones, then the higher score; or, if the caller
-wants that, the higher score first (docs/decisions/0018-match-order-and-score.md).
+wants that, the higher score first, or what was routed to it (docs/decisions/0018-match-order-and-score.md, 0033).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Final, NamedTuple
 
@@ -73,6 +73,8 @@ class Ranking(NamedTuple):
     """Rows at most; None: all."""
     by_rank: bool = False
     """Each rank's figures too."""
+    expected: bool = False
+    """Before all by how far instances will get soon."""
 
 
 class Listed(NamedTuple):
@@ -190,12 +192,7 @@ class RowMaker:
         entries.sort()
         longest = max([entry[2].matched for entry in entries], default=0)
         if ahead:
-            coming = [
-                (_LAST, instance, self._without_match(soon.block_size), 0, _NO_MATCH)
-                for instance, soon in sorted(ahead.items(), key=lambda item: (-item[1].tokens, item[0]))
-                if instance not in holding and (required is None or required.met_by(status_of(instance)))
-            ]
-            entries += coming
+            entries = self._with_coming(entries, ahead, holding, ranking)
             holding = holding.union(ahead)
         if listed is not None and len(holding) < len(listed.sizes):
             entries += [
@@ -225,6 +222,20 @@ class RowMaker:
                 pieces += (piece(self._form, _ByRank(details.get(instance, {}))),)
             rows.append(join(pieces))
         return Rows(joiner.objects(rows), longest)
+
+    def _with_coming(
+        self, entries: list[_Entry], ahead: Mapping[str, Ahead], holding: Collection[str], ranking: Ranking
+    ) -> list[_Entry]:
+        """Instances that hold nothing yet come behind those that do, or all in the order in which they will hold."""
+        required, status_of = ranking.required, self._fleet.status
+        entries = entries + [
+            (_LAST, instance, self._without_match(soon.block_size), 0, _NO_MATCH)
+            for instance, soon in sorted(ahead.items(), key=lambda item: (-item[1].tokens, item[0]))
+            if instance not in holding and (required is None or required.met_by(status_of(instance)))
+        ]
+        if ranking.expected:
+            entries.sort(key=lambda entry: _reach(entry, ahead))  # equals stay in the order that they have
+        return entries
 
     def _entries(self, found: Iterable[Found], ranking: Ranking) -> list[_Entry]:
         """All ranks that hold something."""
@@ -303,6 +314,12 @@ class RowMaker:
                 self._soon.clear()
             encoded = self._soon[tokens] = piece(self._form, _Soon(tokens))
         return encoded
+
+
+def _reach(entry: _Entry, ahead: Mapping[str, Ahead]) -> int:
+    """How far an instance will get, further is less."""
+    soon = ahead.get(entry[1])
+    return -entry[2].matched if soon is None else -max(soon.tokens, entry[2].matched)
 
 
 def _by_rank(found: Iterable[Found], weights: Weights) -> dict[str, dict[str, RankFigures]]:

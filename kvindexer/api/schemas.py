@@ -108,8 +108,12 @@ class Question(About, kw_only=True):
     top_k: Annotated[Size, Meta(description="Only so many instances, the best ones.")] | None = None
     weights: TierWeights | None = None
     order: Annotated[
-        Literal["cached_tokens", "score"],
-        Meta(description="What makes an instance better than another, and its best rank the one that is shown."),
+        Literal["cached_tokens", "score", "expected"],
+        Meta(
+            description="What makes an instance better than another, and its best rank the one that is shown.  "
+            "`expected`: as `cached_tokens`, but before all by how far it will get when what was told to /v1/routed "
+            "has arrived (`speculative_tokens`)."
+        ),
     ] = "cached_tokens"
     by_rank: Annotated[bool, Meta(description="Show each rank's figures too.")] = False
 

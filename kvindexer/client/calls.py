@@ -69,7 +69,7 @@ class Question(TypedDict, total=False):
     require: Iterable[Literal["live", "sound", "complete"]] | None
     top_k: int | None
     weights: Mapping[str, float] | None
-    order: Literal["cached_tokens", "score"]
+    order: Literal["cached_tokens", "score", "expected"]
     by_rank: bool
 
 
