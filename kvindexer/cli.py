@@ -58,6 +58,11 @@ def parser() -> ArgumentParser:
 
 
 def _serve(made: ArgumentParser) -> None:
+    _settings(made)
+    _exit_with_stdin(made)
+
+
+def _settings(made: ArgumentParser) -> None:
     made.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
     made.add_argument("--host", help="address to listen on (else: setting host, 127.0.0.1)")
     made.add_argument("--port", help="TCP port; 0: any free one (else: setting port, 8090)")
@@ -72,7 +77,14 @@ def _serve(made: ArgumentParser) -> None:
         "--store", metavar="URL", help="of a Redis that holds a durable copy: redis://host:6379 (else: memory)"
     )
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting, repeatable")
-    _exit_with_stdin(made)
+
+
+def _config(made: ArgumentParser) -> None:
+    actions = made.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help=CONFIG_CHECK, description=CONFIG_CHECK)
+    _settings(check)
+    check.add_argument("--connect", action="store_true", help="ask the store, too")
+    check.add_argument("--json", action="store_true", help="for programs")
 
 
 def _simulate(made: ArgumentParser) -> None:
@@ -185,11 +197,14 @@ VIEWS: Final = {
     "holders": "Who holds blocks, by their keys.",
 }
 
+CONFIG_CHECK: Final = "Would serve start with these settings?  Shows those that differ from their defaults."
+
 COMMANDS: Final = {
     "serve": ("Run the service.", _serve),
     "demo": ("Run the service with a simulated fleet and show both at work.", _demo),
     "simulate": ("Run engines without a GPU that publish KV events as real ones do.", _simulate),
     "query": ("Ask who holds how much of a prompt.", _query),
+    "config": ("Look at settings without serving.", _config),
     "doctor": ("Look for what is wrong with a running service.", _doctor),
     "inspect": ("Read the index in Redis, without a running service.", _inspect),
     "replay": ("Publish a recording of a real engine.", _replay),

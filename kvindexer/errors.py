@@ -20,6 +20,16 @@ A `StoreError` is never a caller's trouble: queries are answered from memory.
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
+_USER: Final = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def without_user(text: str) -> str:
+    """The text, with the user and the password of every address in it hidden."""
+    return _USER.sub("***@", text)
+
 
 class KvIndexerError(Exception):
     """Base of all errors raised on purpose."""
@@ -30,9 +40,9 @@ class SettingsError(KvIndexerError):
 
     def __init__(self, key: str, value: object, expected: str) -> None:
         self.key = key
-        self.value = value
+        self.value = without_user(value) if isinstance(value, str) else value
         self.expected = expected
-        super().__init__(f"setting {key}: {value!r} is not usable, expected {expected}")
+        super().__init__(f"setting {key}: {self.value!r} is not usable, expected {expected}")
 
 
 class WireError(KvIndexerError):

@@ -25,12 +25,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-import uvicorn
 import uvloop
 
+from kvindexer.access.opening import open_access
 from kvindexer.api.app import create_app
+from kvindexer.api.listeners import Listener, configured, create_probes, probed
 from kvindexer.api.metrics import Metrics
 from kvindexer.errors import KvIndexerError, SettingsError
 from kvindexer.events.fleet import LeastTrusted, LiveFleet
@@ -52,6 +53,9 @@ from kvindexer.tokenization.remote import FAIR_SHARE, RemoteTokenizer
 from kvindexer.tokenization.texts import TextLimits, Texts
 from kvindexer.tokenization.tokenizer import Tokenizer
 from kvindexer.watching.logs import loop_fault, set_up
+
+if TYPE_CHECKING:
+    from uvicorn import Config
 
 _log = logging.getLogger(__name__)
 
@@ -117,10 +121,10 @@ def _tokenizer(settings: Settings, model: str) -> Tokenizer:
     )
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn, with signals left to us: a stop by signal is a normal end."""
+class _Server(Listener):
+    """With signals left to us: a stop by signal is a normal end."""
 
-    def __init__(self, config: uvicorn.Config, fleet: LiveFleet) -> None:
+    def __init__(self, config: Config, fleet: LiveFleet) -> None:
         super().__init__(config)
         self._fleet = fleet
 
@@ -152,37 +156,47 @@ class _Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(delay_s, self.handle_exit, signal.SIGTERM, None)
 
 
-async def _serve(settings: Settings, listener: socket.socket, reloads: Reloads) -> None:
+class _Sockets(NamedTuple):
+    """What a service listens on."""
+
+    service: socket.socket
+    probes: socket.socket | None
+
+
+async def _serve(settings: Settings, sockets: _Sockets, reloads: Reloads) -> None:
     asyncio.get_running_loop().set_exception_handler(loop_fault)
     metrics = Metrics()
     speculation = Speculation(settings.max_speculative_blocks)
     fleet = LiveFleet(settings, partial(open_index, settings), metrics, open_keeper(settings), speculation)
     metrics.watch(fleet)
     texts = open_texts(settings, metrics.text)
-    app = create_app(settings, fleet.index, fleet, metrics, texts, speculation=speculation)
-    config = uvicorn.Config(
-        app,
-        http="httptools",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_grace_s)),
-    )
-    async with fleet.running(), reloads.running(settings, fleet, metrics.reloaded):
-        host, port = listener.getsockname()[:2]
-        _log.info("serving on http://%s:%d with %d sources", host, port, len(settings.sources))
+    access = open_access(settings)
+    app = create_app(settings, fleet.index, fleet, metrics, texts, speculation=speculation, access=access)
+    config = configured(app, settings, access.context)
+    probes = create_probes(settings, fleet, metrics, access.problems)
+    async with (
+        fleet.running(),
+        access.watched(),
+        reloads.running(settings, fleet, metrics.reloaded, access.reload),
+        probed(settings, probes, sockets.probes),
+    ):
+        scheme, (host, port) = "http" if access.context is None else "https", sockets.service.getsockname()[:2]
+        _log.info("serving on %s://%s:%d with %d sources", scheme, host, port, len(settings.sources))
         try:
-            await _Server(config, fleet).serve(sockets=[listener])
+            await _Server(config, fleet).serve(sockets=[sockets.service])
         finally:
             await texts.close()
+
+
+def wanted_descriptors(settings: Settings) -> int:
+    """Open files that as many sources as may be registered need."""
+    return DESCRIPTORS_A_SOURCE * settings.max_sources + SPARE_DESCRIPTORS + settings.max_connections
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:
     """Room for every source's sockets, as far as the operating system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = DESCRIPTORS_A_SOURCE * settings.max_sources + SPARE_DESCRIPTORS
+    wanted = wanted_descriptors(settings)
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft < allowed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
@@ -190,9 +204,14 @@ def _raise_descriptor_limit(settings: Settings) -> None:
         _log.warning(
             "only %d open files are allowed (RLIMIT_NOFILE): enough for about %d sources, not for max_sources=%d",
             allowed,
-            max(0, allowed - SPARE_DESCRIPTORS) // DESCRIPTORS_A_SOURCE,
+            max(0, allowed - SPARE_DESCRIPTORS - settings.max_connections) // DESCRIPTORS_A_SOURCE,
             settings.max_sources,
         )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=1024)
 
 
 def run(settings: Settings, reloads: Reloads) -> int:
@@ -201,15 +220,19 @@ def run(settings: Settings, reloads: Reloads) -> int:
     _raise_descriptor_limit(settings)
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
+    listening: list[socket.socket] = []
+    for host, port in ((settings.host, settings.port), (settings.probe_host or settings.host, settings.probe_port)):
+        if port is None:
+            continue
+        try:
+            listening.append(_listen(host, port))
+        except OSError as error:
+            names = "probe_host or probe_port" if listening else "--host or --port"
+            sys.stderr.write(f"kvindexer: can't listen on {host}:{port}: {error.strerror}; choose another {names}\n")
+            return 1
+    probes = (*listening, None)[1]
     try:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
-    except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        sys.stderr.write(f"kvindexer: can't listen on {where}: {error.strerror}; choose another --host or --port\n")
-        return 1
-    try:
-        uvloop.run(_serve(settings, listener, reloads))
+        uvloop.run(_serve(settings, _Sockets(listening[0], probes), reloads))
     except KvIndexerError as error:
         sys.stderr.write(f"kvindexer: {error}\n")
         return 2

@@ -5,12 +5,12 @@ Invariant: what is not known to be harmless is hidden: a value of a kind that no
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from kvindexer.errors import without_user
 from kvindexer.settings.source import HIDDEN
 from kvindexer.settings.whole import Settings
 from kvindexer.store.address import StoreAddress
@@ -19,8 +19,6 @@ Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 SECRET_FIELDS: Final = frozenset({"additional_salt", "cache_salt"})
 """Fields of what stands in settings: salts keep the blocks of deployments and callers apart."""
-
-_USER: Final = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def shown(settings: Settings) -> dict[str, Plain]:
@@ -41,7 +39,7 @@ def plain(value: object) -> Plain:
         case None | bool() | int() | float():
             return value
         case str() | Path() | StoreAddress():
-            return without_user(str(value))
+            return str(value) if isinstance(value, StoreAddress) else without_user(str(value))
         case Mapping():
             return {str(key): plain(inside) for key, inside in value.items()}
         case list() | tuple() | frozenset():
@@ -56,11 +54,6 @@ def _fields(value: Any) -> dict[str, Plain]:
     """The fields of a dataclass that differ from their defaults."""
     given = ((field.name, getattr(value, field.name)) for field in fields(value) if _given(value, field))
     return {name: HIDDEN if name in SECRET_FIELDS else plain(inside) for name, inside in given}
-
-
-def without_user(text: str) -> str:
-    """The text, with the user and the password of every address in it hidden."""
-    return _USER.sub(f"{HIDDEN}@", text)
 
 
 def _given(value: Any, field: Field[Any]) -> bool:
