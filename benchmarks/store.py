@@ -1,7 +1,7 @@
 """What Redis costs: the same service with `--store memory` and with a copy in Redis, in the same run.
 
 Writing: fresh services are filled at 86,000 blocks/s and all at once: CPU of both sides, and how far Redis lags.
-Latency: queries during ingest, with Redis up, stopped, slow, down, and back without its data.
+Latency: queries during ingest at two paces, with Redis up, stopped, slow, down, and back without its data.
 Warm start: a service dies, its engines live on; another one starts from what Redis has.
 """
 
@@ -42,6 +42,8 @@ SLOW: Final = "slow"
 DOWN: Final = "down"
 REFILLED: Final = "back, empty"
 CONDITIONS: Final = (UP, STOPPED, SLOW, DOWN, REFILLED)
+PACES: Final = (20_000, int(measure.RATE))
+"""Blocks a second while queries are asked: a fleet at work, and all that one core takes beside them."""
 FEWEST: Final = 100
 """Queries at a time, at least."""
 LATENCY_S: Final = 0.1
@@ -205,23 +207,25 @@ class Bench:
     # Latency
 
     def latency(self, plain: Running, kept: Running) -> None:
-        """Ask both services while blocks arrive, under each of the conditions."""
-        rounds = range(self._effort.latency_rounds)
+        """Ask both services while blocks arrive, at each pace, under each of the conditions."""
+        rounds = [(pace, turn) for turn in range(self._effort.latency_rounds) for pace in PACES]
         # the same blocks every time: Redis also keeps what is known of blocks that were removed
-        self._further = messages.further(self._arena.workload, int(measure.RATE * self._effort.busy_s))
-        for turn in rounds:
-            _say("latency")
-            self._round(plain, kept, {UP: _nothing, STOPPED: self._stopped, DOWN: self._down}, turn)
+        self._further = {
+            pace: messages.further(self._arena.workload, int(pace * self._effort.busy_s)) for pace in PACES
+        }
+        for pace, turn in rounds:
+            _say(f"latency, {pace} blocks/s")
+            self._round(plain, kept, {UP: _nothing, STOPPED: self._stopped, DOWN: self._down}, pace, turn)
         with SlowLink(self._redis.server.port) as link:
             kept.restart(_with_store(self._contender, f"redis://127.0.0.1:{link.port}"))
-            for turn in rounds:
-                _say("latency, slow")
-                self._round(plain, kept, {SLOW: lambda: link.slow(LATENCY_S)}, turn)
+            for pace, turn in rounds:
+                _say(f"latency, {pace} blocks/s, slow")
+                self._round(plain, kept, {SLOW: lambda: link.slow(LATENCY_S)}, pace, turn)
             kept.restart(self.direct)
 
-    def _round(self, plain: Running, kept: Running, conditions: Conditions, turn: int) -> None:
+    def _round(self, plain: Running, kept: Running, conditions: Conditions, pace: int, turn: int) -> None:
         """Ratios are those to `--store memory` in the same round."""
-        stores, removals = self._further
+        stores, removals = self._further[pace]
         times: dict[str, Times] = {}
         plan = [(plain, MEMORY, _nothing), *((kept, name, during) for name, during in conditions.items())]
         for one, name, during in measure.turns(plan, turn):
@@ -230,7 +234,7 @@ class Bench:
                 one.fleet.load(spool.path)
             time.sleep(measure.SETTLE_S)
             with during():
-                times[name] = self._ask_both(one, spools[0])
+                times[name] = self._ask_both(one, spools[0], pace)
             if name == DOWN:
                 times[REFILLED] = self._ask_until_in_step(one)
             one.fleet.begin(spools[1].path, 0)
@@ -243,8 +247,8 @@ class Bench:
             for name, its_times in times.items():
                 found = percentiles(its_times[route])
                 for figure, value, of in (("p50", found.p50, base.p50), ("p99", found.p99, base.p99)):
-                    self.samples.add(f"{route} {figure}", name, value)
-                    self.samples.add(f"{route} {figure} ratio", name, value / of)
+                    self.samples.add(f"{route} {figure} {pace}", name, value)
+                    self.samples.add(f"{route} {figure} {pace} ratio", name, value / of)
 
     @contextmanager
     def _stopped(self) -> Iterator[None]:
@@ -258,10 +262,10 @@ class Bench:
         yield
         self._redis.server.start()
 
-    def _ask_both(self, one: Running, spool: Spool) -> Times:
+    def _ask_both(self, one: Running, spool: Spool, pace: int) -> Times:
         """By hash during the first half of a paced spool, by tokens during the second."""
-        seconds = spool.blocks / measure.RATE
-        start = one.fleet.begin(spool.path, measure.RATE)
+        seconds = spool.blocks / pace
+        start = one.fleet.begin(spool.path, pace)
         times = {
             BY_HASH: self._ask(one, BY_HASH, until=start + seconds / 2),
             BY_TOKENS: self._ask(one, BY_TOKENS, until=start + seconds),
