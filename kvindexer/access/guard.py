@@ -13,7 +13,6 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 from kvindexer.access import certificates
@@ -40,8 +39,8 @@ class Reread(Protocol):
     def look(self) -> None:
         """Read it again if it has changed."""
 
-    def reload(self) -> bool:
-        """Read it again; False: it is not usable."""
+    def reload(self) -> None:
+        """Read it again.  Raises SettingsError if it is not usable."""
 
 
 class Guard:
@@ -110,12 +109,10 @@ class Guard:
         found: list[Reread] = [] if self._tokens is None else [self._tokens]
         return found if self._reviews is None else [*found, self._reviews.own_token, self._reviews.authorities]
 
-    def reload(self) -> bool:
-        """Read all files again, and ask anew about everybody; False: one of them is not usable."""
+    def forget(self) -> None:
+        """Ask anew about everybody."""
         if self._reviews is not None:
             self._reviews.forget()
-        done = [each.reload() for each in self.rereads()]  # all of them, whatever comes of the first
-        return all(done)
 
     def problems(self) -> list[Trouble]:
         """What is not as it should be; those who were let in before still are."""
@@ -135,7 +132,7 @@ def open_guard(settings: Settings, environ: Mapping[str, str] = os.environ) -> G
     if not settings.closed:
         return None
     path = settings.auth_tokens_file
-    tokens = None if path is None else Kept("auth_tokens_file", [path], lambda: read_tokens(Path(path)))
+    tokens = None if path is None else Kept("auth_tokens_file", [path], lambda: read_tokens(path), secret=[path])
     reviews = Reviews(_review_settings(settings, environ)) if settings.auth_kubernetes_audience else None
     return Guard(tokens, reviews, settings.auth_certificates)
 
@@ -157,6 +154,18 @@ def _review_settings(settings: Settings, environ: Mapping[str, str]) -> ReviewSe
         cache_s=settings.auth_kubernetes_cache_s,
         max_tokens=settings.auth_kubernetes_cache_tokens,
     )
+
+
+def reload_all(rereads: Sequence[Reread]) -> None:
+    """Read all of them again.  Raises the SettingsError of the first that is not usable, when all were tried."""
+    first: SettingsError | None = None
+    for each in rereads:
+        try:
+            each.reload()
+        except SettingsError as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 async def watch(rereads: Sequence[Reread], sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:

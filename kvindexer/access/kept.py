@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -30,8 +31,10 @@ class Trouble(NamedTuple):
 class Kept(Generic[T]):
     """Some files, read together."""
 
-    def __init__(self, name: str, paths: Sequence[Path], read: Callable[[], T], *, secret: bool = True) -> None:
-        """Read them for the first time.  Raises SettingsError."""
+    def __init__(
+        self, name: str, paths: Sequence[Path], read: Callable[[], T], *, secret: Sequence[Path] = ()
+    ) -> None:
+        """Read them for the first time; who may read the `secret` ones is looked at too.  Raises SettingsError."""
         self.name = name
         """Of the setting."""
         self._paths = paths
@@ -39,18 +42,18 @@ class Kept(Generic[T]):
         self._signature = self._seen()
         self.problem: Trouble | None = None
         self.value = read()
-        if secret:
-            for path in paths:
-                _warn_if_open(name, path)
+        for path in secret:
+            _warn_if_open(name, path)
 
     def look(self) -> None:
         """Read them again if they have changed, or were not well."""
         signature = self._seen()
         if signature != self._signature or self.problem is not None:
-            self.reload()
+            with suppress(SettingsError):  # it is the problem now, and logged
+                self.reload()
 
-    def reload(self) -> bool:
-        """Read them again; False: what was read before stays."""
+    def reload(self) -> None:
+        """Read them again.  Raises SettingsError: then what was read before stays."""
         signature = self._seen()
         changed, self._signature = signature != self._signature, signature
         try:
@@ -61,11 +64,10 @@ class Kept(Generic[T]):
             self.problem = Trouble(
                 f"{self.name}_unusable", str(error), "repair the file; what was read before stays in force"
             )
-            return False
+            raise
         if changed or self.problem is not None:
             _log.info("%s was read again", self.name)
         self.problem = None
-        return True
 
     def _seen(self) -> tuple[tuple[int, ...], ...]:
         """What tells two versions of the files apart; Kubernetes swaps links, so inodes count."""

@@ -94,12 +94,8 @@ class Reviews:
         self._under_way: dict[bytes, asyncio.Task[Identity]] = {}
         self._http: httpx.AsyncClient | None = None
         self._trust: ssl.SSLContext | None = None
-        self.own_token = Kept(
-            "auth_kubernetes_token_file", [settings.token_file], lambda: _text(settings.token_file), secret=False
-        )
-        self.authorities = Kept(
-            "auth_kubernetes_ca_file", [settings.ca_file], lambda: _trusting(settings), secret=False
-        )
+        self.own_token = Kept("auth_kubernetes_token_file", [settings.token_file], lambda: _text(settings.token_file))
+        self.authorities = Kept("auth_kubernetes_ca_file", [settings.ca_file], lambda: _trusting(settings))
         self.problem: Trouble | None = None
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """The HTTP application, put together: from the outside in.
 
 Shield            every request gets an answer in the one error shape, and is counted
+Doors             only callers that may, and not too often; not there while everybody may do everything
 ConcurrencyLimit  not too many at once
 BodyReader        not too large, not too slow; inside, bodies are complete
 HotRoutes         /v1/match, /v1/match/batch, /v1/keys, /query, /query_by_hash, /score_...: bytes in, bytes out
@@ -20,8 +21,24 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from kvindexer import __version__
-from kvindexer.api import changes, explain, feedback, health, heat, locate, plan, rfc_sources, routed, sources, tiers
+from kvindexer.access.opening import Access
+from kvindexer.access.rates import Rates
+from kvindexer.api import (
+    changes,
+    docs_page,
+    explain,
+    feedback,
+    health,
+    heat,
+    locate,
+    plan,
+    rfc_sources,
+    routed,
+    sources,
+    tiers,
+)
 from kvindexer.api.body import BodyReader
+from kvindexer.api.doors import Doors
 from kvindexer.api.errors import error_body, error_headers, internal_error, method_not_allowed
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.hot import CallHandler, Handler, HotRoutes
@@ -126,10 +143,11 @@ def create_app(
     texts: Texts | None = None,
     *,
     speculation: Speculation | None = None,
+    access: Access | None = None,
 ) -> ASGIApp:
     """The ASGI application; it uses index, fleet and the like in the event loop's thread and owns none of them.
 
-    `speculation` is the overlay that the fleet tells of events.
+    `speculation` is the overlay that the fleet tells of events; `access` says who may do what, None: everybody all.
     """
     speculation = speculation or Speculation(settings.max_speculative_blocks)
     counts = HeatCounts(settings.max_heat_blocks, settings.heat_half_life_s, settings.heat_blocks_per_s, monotonic)
@@ -160,14 +178,17 @@ def create_app(
         summary="Which inference pod holds which prompt prefix, on which tier, right now.",
         description=_DESCRIPTION,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere; ours has none
+        redoc_url=None,
     )
     routers = (
-        rfc_sources.routes(fleet),
+        rfc_sources.routes(fleet, settings.auth_tenant_endpoints),
         sources.routes(fleet, metrics, index),
         tiers.routes(fleet),
         heat.routes(heat.HeatViews(index, counts, models)),
         changes.routes(settings, index, fleet, models, metrics),
-        health.routes(fleet, metrics),
+        health.routes(fleet, metrics, tuple if access is None else access.problems),
+        docs_page.routes(),
     )
     for router in routers:
         rest.include_router(router)
@@ -191,6 +212,10 @@ def create_app(
     app = BodyReader(app, settings.max_body_bytes, settings.receive_timeout_s)
     app = limit = ConcurrencyLimit(app, settings.max_concurrent_requests)
     metrics.watch_bounds(settings.max_entries, lambda: limit.figures)
+    rates = None if settings.max_requests_per_s is None else Rates(settings.max_requests_per_s, settings.max_callers)
+    guard = None if access is None else access.guard
+    if guard is not None or rates is not None:
+        app = Doors(app, guard, rates)
     paths = {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
     return Shield(app, metrics, paths.union(handlers, calls), RequestLog(settings))
 
