@@ -163,7 +163,7 @@ def change(path: Path, pattern: str, replacement: str) -> None:
 
 
 def notes(checkout: Path, *arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, checkout / "scripts" / "release-notes", *arguments]
+    command = [sys.executable, str(checkout / "scripts" / "release-notes"), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     return run.returncode, run.stdout, run.stderr
 
