@@ -3,7 +3,8 @@
     settings ─► LiveFleet ─┬─► Registry      which sources exist
                            ├─► Subscriber    their sockets ─► Stream machines ─► ordered payloads
                            ├─► index         payloads ─► who holds what
-                           └─► Keeper        a copy of all that in Redis, if there is one
+                           ├─► Keeper        a copy of all that in Redis, if there is one
+             Finder ───────┘                 sources that nobody names: pods
              Texts             prompts as text ─► tokens
                 api.app ──────► index        questions ─► answers
 
@@ -34,6 +35,8 @@ from kvindexer.api.app import create_app
 from kvindexer.api.listeners import Listener, configured, create_probes, probed
 from kvindexer.api.metrics import Metrics
 from kvindexer.errors import KvIndexerError, SettingsError
+from kvindexer.events.discovery.finder import KubernetesFinder
+from kvindexer.events.finding import Finder, Nowhere
 from kvindexer.events.fleet import LeastTrusted, LiveFleet
 from kvindexer.events.keeping import Keeper, Nobody
 from kvindexer.index.engine import PyIndex
@@ -61,6 +64,7 @@ _log = logging.getLogger(__name__)
 
 DESCRIPTORS_A_SOURCE: Final = 8
 """SUB, its monitor's two ends, the TCP connection, a replay with its own, and room for its successor."""
+NO_CLIENT: Final = "a client of Kubernetes to be installed: pip install 'kvindexer[kubernetes]'"
 SPARE_DESCRIPTORS: Final = 1024
 GC_THRESHOLDS: Final = (50_000, 20, 100)
 """The index is dictionaries of integers, which hold no cycles: looking for some every 700 objects costs a fifth of
@@ -76,6 +80,17 @@ def open_index(settings: Settings, least_trusted: LeastTrusted) -> Index:
         max_dead_bindings_per_source=settings.max_dead_bindings_per_source,
     )
     return PyIndex(limits, settings.media, least_trusted)
+
+
+def open_finder(settings: Settings) -> Finder:
+    """Who finds sources; the one place where one is chosen.  Raises SettingsError if that can't begin."""
+    if settings.discovery == "none":
+        return Nowhere()
+    try:
+        from kvindexer.events.discovery.cluster import open_cluster  # noqa: PLC0415 - needs an extra
+    except ImportError:
+        raise SettingsError("discovery", settings.discovery, NO_CLIENT) from None
+    return KubernetesFinder(settings, open_cluster(settings))
 
 
 def open_keeper(settings: Settings) -> Keeper:
@@ -167,7 +182,8 @@ async def _serve(settings: Settings, sockets: _Sockets, reloads: Reloads) -> Non
     asyncio.get_running_loop().set_exception_handler(loop_fault)
     metrics = Metrics()
     speculation = Speculation(settings.max_speculative_blocks)
-    fleet = LiveFleet(settings, partial(open_index, settings), metrics, open_keeper(settings), speculation)
+    keeper, finder = open_keeper(settings), open_finder(settings)
+    fleet = LiveFleet(settings, partial(open_index, settings), metrics, keeper, speculation, finder=finder)
     metrics.watch(fleet)
     texts = open_texts(settings, metrics.text)
     access = open_access(settings)

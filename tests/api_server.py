@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_128_digest
 
 from kvindexer.api.app import create_app
-from kvindexer.api.fleet import InstanceStatus, SourceReport, StoreFigures, StoreProblem
+from kvindexer.api.fleet import FindingFigures, InstanceStatus, SourceReport, StoreFigures, StoreProblem
 from kvindexer.api.metrics import Metrics
 from kvindexer.events.sources import Registry
 from kvindexer.index.engine import PyIndex
@@ -67,6 +67,7 @@ class FakeFleet:
     statuses: dict[str, InstanceStatus] = field(default_factory=dict)
     counters: dict[str, dict[str, int]] = field(default_factory=dict)
     figures: StoreFigures = field(default_factory=StoreFigures)
+    found: FindingFigures = field(default_factory=FindingFigures)
     troubles: list[StoreProblem] = field(default_factory=list)
     accuracies: dict[str, Accuracy] = field(default_factory=dict)
 
@@ -131,6 +132,9 @@ class FakeFleet:
 
     def store(self) -> StoreFigures:
         return self.figures
+
+    def finding(self) -> FindingFigures:
+        return self.found
 
     def feedback(
         self,

@@ -34,6 +34,16 @@ def samples(api: Api) -> dict[str, float]:
     return found
 
 
+NOTHING_IS_LOOKED_FOR = {
+    "kind": "none",
+    "informed": True,
+    "pods": 0,
+    "followed": 0,
+    "waiting": 0,
+    "contact_s": None,
+    "problems": [],
+}
+
 # GET /health, /ready
 
 
@@ -47,6 +57,7 @@ def test_health_without_sources_is_ok(api: Api) -> None:
         "problems": [],
         "store": {"kind": "memory", "reachable": True, "replicas": 1, "problems": []},
         "access": [],
+        "discovery": NOTHING_IS_LOOKED_FOR,
     }
 
 
@@ -129,7 +140,7 @@ def test_trap_28_a_dead_sources_rows_say_so(api: Api) -> None:
 
 
 def test_sources_show_everything_worth_knowing(api: Api) -> None:
-    source = api.add("pod-a", replay="tcp://pod-a:5558", rank=2, tenant="acme")
+    source = api.add("pod-a", replay="tcp://pod-a:5558", rank=2, tenant="acme", aliases=("10.0.0.1:80", "a"))
     api.store(source, PROMPT)
     api.fleet.counters[source] = {"batches": 5, "gaps": 1, "replays": 2, "poison": 3}
     api.post("/v1/match", {"model": "m", "tenant": "acme", "tokens": PROMPT})
@@ -146,6 +157,7 @@ def test_sources_show_everything_worth_knowing(api: Api) -> None:
                 "tenant": "acme",
                 "block_size": 4,
                 "block_sizes": [4],
+                "aliases": ["10.0.0.1:80", "a"],
                 "state": "live",
                 "why": "",
                 "sound": True,
@@ -172,6 +184,7 @@ def test_sources_show_everything_worth_knowing(api: Api) -> None:
             }
         ],
         "totals": {"events": 1, "queries": 1, "blocks": 10},
+        "discovery": NOTHING_IS_LOOKED_FOR,
     }
 
 

@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 from prometheus_client.metrics_core import Metric
 
 from api_server import serving
-from kvindexer.api.fleet import StoreFigures, StoreProblem
+from kvindexer.api.fleet import FindingFigures, StoreFigures, StoreProblem
+from kvindexer.events.finding import FindingProblem
 from kvindexer.testing import FakeEngine
 from servers import Server
 from watched import Watched, eventually
@@ -51,6 +52,8 @@ def test_the_page_lists_every_metric_of_the_code_as_it_is_and_in_its_order() -> 
         api.metrics.text("tokenized")
         api.fleet.figures = StoreFigures(shards={"in_step": 1})
         api.fleet.troubles = [StoreProblem("evicts", "", "")]
+        found = FindingProblem("duplicate", "", "", "")
+        api.fleet.found = FindingFigures(errors={"cut": 1}, contact_s=1.0, problems=[found])
         in_code = [row_of(family) for family in api.metrics.collect()]
     assert documented() == in_code
 
@@ -68,6 +71,8 @@ def test_a_running_service_exposes_exactly_what_the_page_lists(own_redis_server:
         assert row.kind == rows[name].kind, name
         assert sorted(row.labels) in (sorted(rows[name].labels), []), name
     assert {name for name, row in exposed.items() if not row.labels and rows[name].labels} <= {
+        "kvindexer_discovery_errors_total",
+        "kvindexer_discovery_problems",
         "kvindexer_entries_withdrawn_total",
         "kvindexer_skipped_total",
         "kvindexer_store_problems",

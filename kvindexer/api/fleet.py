@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from kvindexer.events.finding import FindingFigures
 from kvindexer.events.keeping import Stored, StoreFigures, StoreProblem
 from kvindexer.events.status import InstanceStatus, SourceReport
 from kvindexer.tiering.changes import ChangeLog
@@ -81,5 +82,8 @@ class Fleet(Protocol):
     def store(self) -> StoreFigures:
         """How the durable copy is doing."""
 
+    def finding(self) -> FindingFigures:
+        """How the search for sources is doing."""
 
-__all__ = ["Fleet", "InstanceStatus", "SourceReport", "StoreFigures", "StoreProblem", "Stored"]
+
+__all__ = ["FindingFigures", "Fleet", "InstanceStatus", "SourceReport", "StoreFigures", "StoreProblem", "Stored"]

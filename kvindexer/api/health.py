@@ -17,6 +17,7 @@ from fastapi.responses import PlainTextResponse, Response
 
 from kvindexer.access.identity import sees_all
 from kvindexer.access.kept import Trouble
+from kvindexer.api.discovered import DiscoveryState, discovery_state, serious
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.metrics import CONTENT_TYPE, STATES, Metrics
 from kvindexer.api.openapi import answer_body
@@ -65,6 +66,7 @@ class HealthAnswer(msgspec.Struct):
     problems: list[Problem]
     store: StoreHealth
     access: list[StoreTrouble]
+    discovery: DiscoveryState
 
 
 class ReadyAnswer(msgspec.Struct):
@@ -99,10 +101,10 @@ def _health(fleet: Fleet, access: Sequence[Trouble]) -> HealthAnswer:
     reports = fleet.reports()
     states = Counter(report.state for report in reports)
     problems = [report for report in reports if report.state != "live" or not report.sound]
-    store, troubles = fleet.store(), fleet.problems()
+    store, troubles, finding = fleet.store(), fleet.problems(), fleet.finding()
     most = MAX_PROBLEMS if sees_all() else 0
     return HealthAnswer(
-        status="degraded" if problems or troubles or access else "ok",
+        status="degraded" if problems or troubles or access or serious(finding.problems) else "ok",
         ready=fleet.ready,
         sources={state: states[state] for state in STATES},
         unsound=sum(not report.sound for report in reports),
@@ -115,6 +117,7 @@ def _health(fleet: Fleet, access: Sequence[Trouble]) -> HealthAnswer:
             problems=[StoreTrouble(*trouble) for trouble in troubles[:most]],
         ),
         access=[StoreTrouble(*trouble) for trouble in access[:most]],
+        discovery=discovery_state(finding, most),
     )
 
 

@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from kvindexer import __version__
 from kvindexer.api.counting import Accumulated, Latencies
-from kvindexer.api.fleet import Fleet, SourceReport, StoreFigures, StoreProblem
+from kvindexer.api.fleet import FindingFigures, Fleet, SourceReport, StoreFigures, StoreProblem
 from kvindexer.index.seam import Change
 from kvindexer.tiering.changes import ChangeLog
 from kvindexer.tiering.feedback import OUTCOMES, Outcome
@@ -178,6 +178,7 @@ class Metrics:
         yield from self._of_sources(self._fleet.reports() if self._fleet is not None else [])
         if self._fleet is not None:
             yield from self._of_store(self._fleet.store(), self._fleet.problems())
+            yield from _of_discovery(self._fleet.finding())
         yield from self._of_queries()
         yield from self._of_feedback()
         if self._fleet is not None:
@@ -283,6 +284,24 @@ class Metrics:
         yield _counter("feedback_predicted_tokens", "Tokens that were predicted as cached.", self._predicted_tokens)
         yield _counter("feedback_cached_tokens", "Tokens that engines reported as cached.", self._cached_tokens)
         yield _counter("feedback_doubts", "Sources that were wrong too often and verified anew.", self._doubts)
+
+
+def _of_discovery(finding: FindingFigures) -> Iterator[Metric]:
+    yield _gauge("discovery_pods", "Pods that discovery's selectors choose.", finding.pods)
+    yield _gauge("discovery_followed", "Pods of them with a source that is followed.", finding.followed)
+    yield _gauge("discovery_waiting", "Pods of them whose engine has not answered yet.", finding.waiting)
+    reasons = Counter(problem.reason for problem in finding.problems)
+    problems = GaugeMetricFamily("kvindexer_discovery_problems", "What is wrong with discovery.", labels=["reason"])
+    for reason, count in sorted(reasons.items()):
+        problems.add_metric([reason], count)
+    yield problems
+    yield _counter("discovery_relists", "Lists of the API server that were read anew.", finding.relists)
+    yield _counters("discovery_errors", "Lists and watches that failed, by reason.", "reason", finding.errors)
+    yield _age(
+        "discovery_contact_age_seconds",
+        "Longest time since the API server said something of a list; absent if it never has.",
+        finding.contact_s,
+    )
 
 
 def _of_tiering(speculation: Speculation, heat: HeatCounts) -> Iterator[Metric]:

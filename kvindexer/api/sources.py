@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from msgspec import Meta
 
 from kvindexer.access.identity import sees, sees_all, tenant_of
+from kvindexer.api.discovered import DiscoveryState, discovery_state
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.openapi import answer_body
@@ -63,6 +64,7 @@ class SourceEntry(msgspec.Struct):
     tenant: str
     block_size: int
     block_sizes: Annotated[list[int], Meta(description="The registered one, and those that events have named.")]
+    aliases: Annotated[list[str], Meta(description="Further names of the instance.")]
     state: str
     why: str
     sound: bool
@@ -94,6 +96,7 @@ class SourcesAnswer(msgspec.Struct):
 
     sources: list[SourceEntry]
     totals: Totals
+    discovery: DiscoveryState
 
 
 ANSWERS: Final = (SourcesAnswer,)
@@ -117,7 +120,8 @@ def routes(fleet: Fleet, metrics: Metrics, index: Index) -> APIRouter:
         ]
         held = sum(sum(report.blocks) for report in reports if sees(report.spec.tenant))
         totals = Totals(metrics.events, metrics.queries, held) if sees_all() else Totals(None, None, held)
-        answer = SourcesAnswer(entries, totals)
+        discovery = discovery_state(fleet.finding(), None if sees_all() else 0)
+        answer = SourcesAnswer(entries, totals, discovery)
         return Response(_encode(answer), media_type="application/json")
 
     return router
@@ -136,6 +140,7 @@ def _entry(report: SourceReport, block_sizes: list[int]) -> SourceEntry:
         tenant=spec.tenant,
         block_size=spec.block_size,
         block_sizes=block_sizes,
+        aliases=list(spec.aliases),
         state=report.state,
         why=report.why,
         sound=report.sound,

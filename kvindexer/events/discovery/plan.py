@@ -10,7 +10,7 @@ to two pods.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from kvindexer.events.discovery.pods import Pod
@@ -23,9 +23,9 @@ Holder = tuple[str, str, str, int, str]
 
 
 class Chosen(NamedTuple):
-    """The pods of one selector, by UID, and the ports that their InferencePool names."""
+    """The pods of one selector, and the ports that their InferencePool names."""
 
-    pods: Mapping[str, Pod]
+    pods: Collection[Pod]
     ports: tuple[int, ...] = ()
 
 
@@ -46,9 +46,9 @@ def make_plan(chosen: Iterable[Chosen], rules: Discovering, answers: Mapping[str
     """`answers` are those of engines, by life."""
     pods: dict[str, tuple[Pod, tuple[int, ...]]] = {}
     for one in chosen:
-        for uid, pod in one.pods.items():
-            known = pods.get(uid)
-            pods[uid] = (pod, one.ports or (known[1] if known else ()))
+        for pod in one.pods:
+            known = pods.get(pod.uid)
+            pods[pod.uid] = (pod, one.ports or (known[1] if known else ()))
     ordered = sorted(pods.values(), key=lambda entry: (entry[0].metadata.creationTimestamp or "", entry[0].uid))
     plan = Plan({}, {}, {}, [], len(ordered))
     if len(ordered) > rules.discovery_max_pods:

@@ -70,7 +70,11 @@ class Ask(NamedTuple):
     """The engine has to be asked first."""
 
     life: str
+    where: str
+    """The pod."""
     url: str
+    for_model: bool
+    for_ports: bool
 
 
 class Follow(NamedTuple):
@@ -228,7 +232,7 @@ def _read(place: _Place, life: str, rules: Discovering, answer: Answer | None) -
     model = said.get("model", "").strip() or rules.discovery_model
     url = f"http://{place.host}:{place.engines[0].http_port}"
     if answer is None and (not model or place.event_port is None):
-        return Ask(life, url)
+        return Ask(life, pod.where, url, for_model=not model, for_ports=place.event_port is None)
     if not model and (answer is None or not answer.model):
         hint = f"give the pod the annotation {PREFIX}model, or set discovery_model"
         return Refused(FindingProblem("no_model", pod.where, f"{url}/v1/models names no model", hint))
