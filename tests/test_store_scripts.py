@@ -126,6 +126,34 @@ def test_a_staged_generation_becomes_the_content_at_once(redis_server: Server) -
     with_shard(redis_server, scenario)
 
 
+def test_of_two_records_of_a_hash_in_one_flush_the_later_one_counts(redis_server: Server) -> None:
+    """What changes while a flush is made ready is packed again behind it."""
+
+    async def scenario(shard: Shard) -> None:
+        await shard.create(at(1, 7))
+        early = pack_records([1, 2, 3], [b"1", b"2", b"3"], 4)
+        late = pack_records([2, 3, 4], [b"two", b"", b"4"], 4)
+        entries = await shard.server.flush(
+            TAG, AUTHOR, generation="00000001", base=7, upto=at(1, 8), facts=b"facts", packed=early + late
+        )
+        assert await shard.records() == dict(zip(HASHES, RECORDS, strict=True)) | {1: b"1", 2: b"two", 4: b"4"}
+        assert entries == len(await shard.records())
+
+    with_shard(redis_server, scenario)
+
+
+def test_a_replica_that_leaves_is_forgotten_at_once(redis_server: Server) -> None:
+    async def scenario(shard: Shard) -> None:
+        for name in "ab":
+            beat = await shard.server.beat(name, 5)
+        assert beat.replicas == ("a", "b")
+        await shard.server.beat("a", 5, leaving=True)
+        assert (await shard.server.beat("b", 5)).replicas == ("b",)
+        assert (await shard.server.beat("a", 5)).replicas == ("a", "b")
+
+    with_shard(redis_server, scenario)
+
+
 def test_a_flush_is_absolute_and_idempotent(redis_server: Server) -> None:
     """The same flush twice, or by two replicas with different boundaries, leaves what one would have left."""
 

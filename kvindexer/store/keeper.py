@@ -80,6 +80,7 @@ class RedisKeeper:
         """Shards of sources that were unregistered here, by tag."""
         self._buried: dict[str, int] = {}
         """Tombstones whose shards are ended, by source."""
+        self._forget_after_s = max(2, round(_FORGET_REPLICA_BEATS * settings.store_poll_interval_s))
         self._server_s = 0
         self._reachable = False
         self.writes = 0
@@ -94,17 +95,18 @@ class RedisKeeper:
         self._writing = Writing(self._server, fleet.index, self.replica)
         self._checker = Checker(self._server, fleet.index)
         known = await self._first_beat()
-        for name, loop in (("beat", self._beat_loop), ("write", self._write_loop), ("check", self._check_loop)):
+        loops = [
             self._spawn(loop(), name)
+            for name, loop in (("beat", self._beat_loop), ("write", self._write_loop), ("check", self._check_loop))
+        ]
         try:
             yield known
+            await _cancelled(loops)  # a beat that comes after our farewell would take it back
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.shutdown_grace_s):
                     await self._finish()
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await _cancelled(self._tasks)
             await self._server.close()
 
     async def _first_beat(self) -> Sequence[SourceSpec]:
@@ -124,16 +126,19 @@ class RedisKeeper:
             await self._publish()
         jobs = [self._last_flush(kept) for kept in self._kept.values() if not kept.busy and kept.shard.turn == 0]
         await asyncio.gather(*jobs)
+        with suppress(StoreError):
+            await self._server.beat(self.replica, self._forget_after_s, leaving=True)
 
     async def _last_flush(self, kept: KeptSource) -> None:
         step = kept.shard.decide(time.monotonic() + _SOON_S)
         if isinstance(step, Flush):
             await self._do(kept, step)
 
-    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=f"kvindexer-store-{name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # Keeper
 
@@ -303,8 +308,7 @@ class RedisKeeper:
                 self._problems["connection"] = StoreProblem("unexpected", "a beat failed", "see the log")
 
     async def _beat(self) -> None:
-        forget_after_s = max(2, round(_FORGET_REPLICA_BEATS * self._settings.store_poll_interval_s))
-        beat = await self._server.beat(self.replica, forget_after_s)
+        beat = await self._server.beat(self.replica, self._forget_after_s)
         self._server_s = beat.server_s
         self._reachable = True
         self._relief("connection")
@@ -561,6 +565,13 @@ class RedisKeeper:
 
 
 _NONE: Final = StoreProblem("", "", "")
+
+
+async def _cancelled(tasks: Iterable[asyncio.Task[None]]) -> None:
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    await asyncio.gather(*ending, return_exceptions=True)
 
 
 def _foreign(key: str, error: UnreadableError) -> StoreError:

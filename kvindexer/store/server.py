@@ -219,11 +219,11 @@ class ShardServer:
         async with self._slots, asking(self._budget_s):
             return await examine(self._client)
 
-    async def beat(self, replica: str, forget_after_s: int) -> Beat:
-        """Say that we are alive; learn who else is, and whether the directory has changed."""
+    async def beat(self, replica: str, forget_after_s: int, *, leaving: bool = False) -> Beat:
+        """Say that we are alive, or not much longer; learn who else is, and whether the directory has changed."""
         keys = [self.names.replicas, self.names.sources]
         try:
-            answer = await self._script(scripts.BEAT, keys, replica, forget_after_s)
+            answer = await self._script(scripts.BEAT, keys, replica, forget_after_s, "1" if leaving else "0")
         except StoreError as error:
             if error.reason != "wrong_type":
                 raise
