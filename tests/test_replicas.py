@@ -679,7 +679,7 @@ def test_what_everybody_has_lost_is_not_complete_anywhere(redis_server: Server) 
 
 
 def test_a_replica_that_comes_or_goes_takes_its_turns(redis_server: Server) -> None:
-    """The others find out by themselves that it is no longer there."""
+    """The others find out that it is no longer there, at once if it has left in good order."""
 
     async def scenario() -> None:
         with small_engine() as engine:
@@ -691,6 +691,8 @@ def test_a_replica_that_comes_or_goes_takes_its_turns(redis_server: Server) -> N
                     await until("B's turn is over", lambda: kept_source(b, engine).shard.turn == 1)
                     traffic(engine, 5)
                     await agreed(redis_server, engine, a, b)
+                left = await b.keeper._server.beat(second, 60)
+                assert left.replicas == (second,), "it has said so itself"
                 await until("it is B's turn again", lambda: kept_source(b, engine).shard.turn == 0)
                 traffic(engine, 5, seed=1)
                 assert (await agreed(redis_server, engine, b)).writer == second
