@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; no error that was foreseen shows a traceback."""
     options = parser().parse_args(arguments)
     try:
-        run = cast("Callable[[object], int]", import_module(f"kvindexer.commands.{options.command}").run)
+        module = options.command.replace("-", "_")
+        run = cast("Callable[[object], int]", import_module(f"kvindexer.commands.{module}").run)
         code = run(options)
         sys.stdout.flush()
     except SettingsError as error:
@@ -128,7 +129,7 @@ def _query(made: ArgumentParser) -> None:
         metavar="FILE",
         help="token ids: a JSON list, or just numbers (else standard input)",
     )
-    made.add_argument("--url", default=DEFAULT_URL, help="of the service (%(default)s)")
+    _service(made)
     made.add_argument("--model", required=True, help="as it was registered")
     made.add_argument("--block-size", type=_count, metavar="TOKENS", help="look at this block size only")
     made.add_argument("--tenant", metavar="NAME", help="whose blocks to look at (else: default)")
@@ -139,8 +140,28 @@ def _query(made: ArgumentParser) -> None:
 
 
 def _doctor(made: ArgumentParser) -> None:
-    made.add_argument("--url", default=DEFAULT_URL, help="of the service (%(default)s)")
+    _service(made)
     made.add_argument("--json", action="store_true", help="for programs")
+
+
+def _service(made: ArgumentParser) -> None:
+    made.add_argument("--url", default=DEFAULT_URL, help="of the service (%(default)s)")
+    made.add_argument("--token-file", type=Path, metavar="FILE", help="file with a bearer token, if it wants one")
+    made.add_argument("--ca-file", type=Path, metavar="FILE", help="PEM file of authorities that it is checked with")
+    made.add_argument("--cert-file", type=Path, metavar="FILE", help="PEM file of our own certificate")
+    made.add_argument("--key-file", type=Path, metavar="FILE", help="PEM file of its key, if it is not in there too")
+
+
+def _support_bundle(made: ArgumentParser) -> None:
+    _service(made)
+    made.add_argument(
+        "--out", type=Path, default=Path("kvindexer-support.tar.gz"), metavar="FILE", help="to write (%(default)s)"
+    )
+    made.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of settings, to be put in without secrets"
+    )
+    made.add_argument("--store", metavar="URL", help="of a Redis of which a summary is put in (else: of --config)")
+    made.add_argument("--with-names", action="store_true", help="put in the names of tenants, too")
 
 
 def _replay(made: ArgumentParser) -> None:
@@ -206,6 +227,7 @@ COMMANDS: Final = {
     "query": ("Ask who holds how much of a prompt.", _query),
     "config": ("Look at settings without serving.", _config),
     "doctor": ("Look for what is wrong with a running service.", _doctor),
+    "support-bundle": ("Put together what others need to help, without secrets.", _support_bundle),
     "inspect": ("Read the index in Redis, without a running service.", _inspect),
     "replay": ("Publish a recording of a real engine.", _replay),
 }

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from kvindexer import __version__
 from kvindexer.commands.checkup import Finding, findings
-from kvindexer.commands.client import UnreachableError, call
+from kvindexer.commands.client import OPEN, UnreachableError, WayIn, call, way_in
 from kvindexer.commands.failure import CommandError
 from kvindexer.commands.tables import BAD, DOUBTFUL, GOOD, cell, console
 
@@ -26,7 +26,7 @@ _STYLES: Final = {"ok": GOOD, "warn": DOUBTFUL, "fail": BAD}
 
 def run(options: Namespace) -> int:
     """Ask and print; the exit code is 1 if anything failed."""
-    found = examine(options.url)
+    found = examine(options.url, way_in(options))
     counts = Counter(finding.level for finding in found)
     worst = next(level for level in ("fail", "warn", "ok") if counts[level])
     if options.json:
@@ -39,10 +39,10 @@ def run(options: Namespace) -> int:
     return 1 if counts["fail"] else 0
 
 
-def examine(url: str) -> list[Finding]:
+def examine(url: str, way: WayIn = OPEN) -> list[Finding]:
     """All findings about the service there."""
     try:
-        health = call(url, "/health")
+        health = call(url, "/health", way=way)
     except UnreachableError as error:
         return [
             Finding(
@@ -50,8 +50,8 @@ def examine(url: str) -> list[Finding]:
             )
         ]
     try:
-        sources = call(url, "/v1/sources")["sources"]
-        version = call(url, "/openapi.json")["info"]["version"]
+        sources = call(url, "/v1/sources", way=way)["sources"]
+        version = call(url, "/openapi.json", way=way)["info"]["version"]
         return [Finding("ok", "reachable", url), *findings(health, sources, str(version), __version__)]
     except (LookupError, TypeError, AttributeError):
         raise CommandError("the answer has an unknown form", f"is {url} another version?") from None

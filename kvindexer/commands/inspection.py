@@ -50,7 +50,7 @@ def show_sources(report: Report, listed: Sequence[Listed]) -> None:
     shown = [one for one in listed if one.kind is not Kind.REMOVED or one.meta is not None]
     gone = len(listed) - len(shown)
     if report.as_json:
-        report.json({"namespace": report.namespace, "sources": [_source(one) for one in shown], "unregistered": gone})
+        report.json({"namespace": report.namespace, "sources": [summary(one) for one in shown], "unregistered": gone})
         return
     out = console()
     if shown:
@@ -71,12 +71,13 @@ def _sources_table(listed: Sequence[Listed], width: int) -> Table:
     names += ["entries", "buckets", "generation", "writer"]
     rows = []
     for one in listed:
-        values = _source(one)
+        values = summary(one)
         rows.append({**values, "coverage": values["coverage"] and values["coverage"]["word"]})
     return fitting_table(names, rows, width, words=_NAMES, dispensable=("writer", "generation", "buckets", "kind"))
 
 
-def _source(one: Listed) -> dict[str, Any]:
+def summary(one: Listed) -> dict[str, Any]:
+    """What is kept of a source, in a line."""
     values: dict[str, Any] = {
         "source": one.source,
         "instance": None if one.spec is None else one.spec.instance,
@@ -111,7 +112,7 @@ def _checkpoint(meta: Meta | None) -> dict[str, Any]:
 def show_source(report: Report, one: Listed, whole: Whole, memory: int | None) -> None:
     """Everything that Redis knows of one source beside its entries."""
     meta, digest = whole.meta, whole.digest
-    values: dict[str, Any] = _source(one._replace(meta=meta)) | {
+    values: dict[str, Any] = summary(one._replace(meta=meta)) | {
         "digest": {"entries": digest.entries, "xor": f"{digest.xor:016x}", "of_one_moment": not whole.moving},
         "last_message": meta.checkpoint.digest.hex() or None,
         "first_message": meta.checkpoint.birth.hex() or None,
@@ -192,7 +193,7 @@ async def show_entries(report: Report, reader: Reader, one: Listed, meta: Meta, 
     left = limit or sys.maxsize
     printed = 0
     if report.as_json:
-        head = json.dumps(_source(one), indent=2)
+        head = json.dumps(summary(one), indent=2)
         print(head.removesuffix("\n}") + ',\n  "records": [', end="")
     async for page in reader.entries(one, meta):
         page = page[:left]  # noqa: PLW2901 - the rest of it is nobody's

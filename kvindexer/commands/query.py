@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvindexer.commands.client import call
+from kvindexer.commands.client import call, way_in
 from kvindexer.commands.failure import CommandError
 from kvindexer.commands.tables import STATE_COLUMNS, TIER_COLUMNS, cell, console, state_cells, table, tier_cells
 
@@ -39,7 +39,7 @@ def run(options: Namespace) -> int:
         "candidates": options.candidate,
     }
     body |= {name: value for name, value in choices.items() if value is not None}
-    answer = call(options.url, "/v1/match", body)
+    answer = call(options.url, "/v1/match", body, way=way_in(options))
     if options.json:
         print(json.dumps(answer, indent=2))
         return 0

@@ -5,10 +5,12 @@ Invariant: what is not known to be harmless is hidden: a value of a kind that no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from pydantic import SecretStr
 
 from kvindexer.errors import without_user
 from kvindexer.settings.source import HIDDEN
@@ -60,3 +62,23 @@ def _given(value: Any, field: Field[Any]) -> bool:
     """Whether a field says something: not its default."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return default is MISSING or getattr(value, field.name) != default
+
+
+def secrets(settings: Settings) -> set[str]:
+    """Every secret that stands in the settings themselves, for those who look for them in texts."""
+    return set(_secrets_in([getattr(settings, name) for name in Settings.model_fields])) - {""}
+
+
+def _secrets_in(value: object) -> Iterator[str]:
+    match value:
+        case SecretStr():
+            yield value.get_secret_value()
+        case Mapping():
+            yield from _secrets_in(list(value.values()))
+        case list() | tuple():
+            for inside in value:
+                yield from _secrets_in(inside)
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            for field in fields(value):
+                inside = getattr(value, field.name)
+                yield from (str(inside or ""),) if field.name in SECRET_FIELDS else _secrets_in(inside)
