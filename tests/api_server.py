@@ -20,6 +20,7 @@ import uvloop
 from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_128_digest
 
+from kvindexer.access.opening import open_access
 from kvindexer.api.app import create_app
 from kvindexer.api.fleet import FindingFigures, InstanceStatus, SourceReport, StoreFigures, StoreProblem
 from kvindexer.api.metrics import Metrics
@@ -187,7 +188,8 @@ class Api:
         self.fleet = FakeFleet(self.index)
         self.metrics = Metrics()
         self.texts = open_texts(self.settings, self.metrics.text)
-        self.app = create_app(self.settings, self.index, self.fleet, self.metrics, self.texts)
+        self.access = open_access(self.settings)
+        self.app = create_app(self.settings, self.index, self.fleet, self.metrics, self.texts, access=self.access)
         self.address = ("", 0)
         self.client: httpx.Client
 

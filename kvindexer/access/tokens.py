@@ -68,7 +68,7 @@ def look_up(tokens: Tokens, digest: bytes, now_s: float) -> Identity | None:
 
 def read_tokens(path: Path) -> Tokens:
     """All tokens of the file.  Raises SettingsError that says which entry is wrong, and never what a token is."""
-    content = read_yaml(path, KEY)
+    content = read_yaml(path, KEY, secret=True)
     listed = content.get("tokens") if isinstance(content, dict) and set(content) == {"tokens"} else None
     if not isinstance(listed, list) or not listed or len(listed) > MAX_TOKENS:
         raise SettingsError(KEY, str(path), f"a map with `tokens`, a list of 1 to {MAX_TOKENS} entries")
@@ -117,13 +117,12 @@ def _digest(entry: Mapping[Any, Any], key: str) -> bytes:
 
 def _until_s(entry: Mapping[Any, Any], key: str) -> float | None:
     expires = entry.get("expires")
-    match expires:
-        case None:
-            return None
-        case datetime():
-            at = expires if expires.tzinfo else expires.replace(tzinfo=UTC)
-        case date():
-            at = datetime(expires.year, expires.month, expires.day, tzinfo=UTC)
-        case _:
-            raise SettingsError(f"{key}.expires", short(expires), "a day like 2027-01-31, or a day and time")
-    return at.timestamp()
+    if expires is None:
+        return None
+    if isinstance(expires, date):  # YAML reads days and times that are not in quotes
+        expires = expires.isoformat()
+    try:
+        at = datetime.fromisoformat(expires)
+    except (TypeError, ValueError):
+        raise SettingsError(f"{key}.expires", short(expires), "a day like 2027-01-31, or a day and time") from None
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()

@@ -65,7 +65,7 @@ class Listener(uvicorn.Server):
         self.started = True
 
 
-class _Unsignalled(Listener):
+class Unsignalled(Listener):
     """It ends when it is told to, not by a signal."""
 
     @contextmanager
@@ -126,7 +126,7 @@ async def probed(settings: Settings, app: ASGIApp, listener: socket.socket | Non
         max_connections=PROBE_CONNECTIONS,
     )
     _log.info("probes on http://%s:%d", *listener.getsockname()[:2])
-    server = _Unsignalled(_config(app, settings, limits))
+    server = Unsignalled(_config(app, settings, limits))
     task = asyncio.create_task(server.serve(sockets=[listener]), name="kvindexer-probes")
     try:
         yield

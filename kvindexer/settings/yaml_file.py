@@ -22,8 +22,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path, key: str) -> Any:
-    """What is in the file.  Raises SettingsError that names the setting `key`, and never repeats a value."""
+def read_yaml(path: Path, key: str, *, secret: bool = False) -> Any:
+    """What is in the file.  Raises SettingsError that names the setting `key`; of a secret file it repeats nothing."""
     shown = str(path)
     try:
         with path.open("rb") as file:
@@ -31,7 +31,7 @@ def read_yaml(path: Path, key: str) -> Any:
     except OSError as error:
         raise SettingsError(key, shown, f"a readable file ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = getattr(error, "problem", None) or "it can't be read"
+        problem = "it can't be read" if secret else getattr(error, "problem", None) or "it can't be read"
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise SettingsError(key, shown, f"YAML ({problem}{place})") from None
