@@ -15,28 +15,24 @@ INSTANCES = ("a", "b")
 TRUNK = tuple(range(1, 9))
 
 
-def waits(overlay: Speculation, space: Keyspace) -> list[tuple[int, str]]:
-    """Every block and every instance that waits for it."""
-    awaited = overlay.awaited(space)
-    if awaited is None:
-        return []
-    assert all(awaited.waiting.values())
-    return sorted(
-        (key, who) for key, mask in awaited.waiting.items() for who, bit in awaited.bits.items() if mask & bit
-    )
-
-
 @dataclass
 class Oracle:
     """Every routing with what is left of it; a block is there while any living routing names it."""
 
     routings: list[tuple[Keyspace, str, set[int], float]] = field(default_factory=list)
+    begun: list[tuple[Keyspace, int, str, float]] = field(default_factory=list)
+    """The first key of each routing."""
+
+    def route(self, space: Keyspace, instance: str, keys: list[int], ends_at: float) -> None:
+        self.routings.append((space, instance, set(keys), ends_at))
+        self.begun += [(space, key, instance, ends_at) for key in keys[:1]]
 
     def held(self, space: Keyspace, instance: str) -> set[int]:
         return set().union(*(keys for where, who, keys, _ in self.routings if (where, who) == (space, instance)))
 
     def expire(self, now: float) -> None:
         self.routings = [routing for routing in self.routings if routing[3] > now]
+        self.begun = [begun for begun in self.begun if begun[3] > now]
 
     def confirm(self, space: Keyspace, instance: str, keys: set[int]) -> None:
         for where, who, left, _ in self.routings:
@@ -67,7 +63,7 @@ def test_after_any_sequence_the_overlay_is_what_a_count_of_references_would_be(
     for kind, space, instance, keys, number in steps:
         if kind == "route":
             overlay.add(space, instance, keys, now + number)
-            oracle.routings.append((space, instance, set(keys), now + number))
+            oracle.route(space, instance, keys, now + number)
         elif kind == "confirm":
             overlay.confirm(space, instance, keys)
             oracle.confirm(space, instance, set(keys))
@@ -79,8 +75,9 @@ def test_after_any_sequence_the_overlay_is_what_a_count_of_references_would_be(
             for who in INSTANCES:
                 assert set(overlay.instances(where).get(who, ())) == oracle.held(where, who)
                 assert overlay.awaits(who) == any(oracle.held(each, who) for each in SPACES)
-            receivers = [(key, who) for who in INSTANCES for key in oracle.held(where, who)]
-            assert waits(overlay, where) == sorted(receivers)
+            for first in (TRUNK[0], *range(100, 105)):
+                begun = {who for place, key, who, _ in oracle.begun if (place, key) == (where, first)}
+                assert set(overlay.begun(where, first)) == begun
         assert overlay.alive or not any(keys for *_, keys, _ in oracle.routings)
     overlay.expire(now + 5)
     assert (overlay.alive, overlay.references, overlay.blocks) == (False, 0, 0)

@@ -15,16 +15,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from time import monotonic
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from kvindexer.api.lookup import Found
 from kvindexer.api.prompt import Prompt
 from kvindexer.index.seam import HolderMatch, Index
-from kvindexer.tiering.awaited import Awaited
 from kvindexer.tiering.speculative import Speculation
-
-_MOST_KNOWN: Final = 8
-"""Ends of one prompt that are remembered: trying one costs a tenth of looking for it."""
 
 
 class Ahead(NamedTuple):
@@ -49,64 +45,47 @@ class Lookahead:
         self._speculation.expire(self._clock())
         reached: dict[str, Ahead] = {}
         for keyspace, matches in found:
-            awaited = self._speculation.awaited(keyspace)
+            routed = self._speculation.instances(keyspace)
             keys = prompt.keys(keyspace.block_size)
-            if awaited is None or not keys:
+            if not routed or not keys:
                 continue
-            going_on = _going_on(keys, matches, awaited)
+            going_on = _going_on(keys, matches, routed)
+            first = keys[0]
+            begun = self._speculation.begun(keyspace, first)
+            if begun:
+                without = set(begun).difference([match.instance for match in matches])
+                going_on += [(name, 0, blocks) for name in without if first in (blocks := routed.get(name, ()))]
             if not going_on:
                 continue
             known = self._index.instances(keyspace)
-            ends = _Ends(keys, awaited.waiting, keyspace.block_size)
-            for instance, held, bit in going_on:
+            size, backwards = keyspace.block_size, keys[::-1]
+            for instance, held, blocks in going_on:
                 if instance in known and (candidates is None or instance in candidates):
-                    soon, before = ends.of(held, bit), reached.get(instance)
-                    if before is None or soon.tokens > before.tokens:
-                        reached[instance] = soon
+                    tokens = _end(backwards, held, blocks) * size
+                    before = reached.get(instance)
+                    if before is None or tokens > before.tokens:
+                        reached[instance] = Ahead(tokens, size)
         return reached or None
 
 
-def _going_on(keys: Sequence[int], matches: Sequence[HolderMatch], awaited: Awaited) -> list[tuple[str, int, int]]:
-    """Instances that wait for the block behind those that they hold; with where that is, and their bit."""
-    waiting, bits, length = awaited.waiting.get, awaited.bits, len(keys)
-    going_on = [
-        (match.instance, match.held, bit)
+def _going_on(
+    keys: Sequence[int], matches: Iterable[HolderMatch], routed: Mapping[str, Collection[int]]
+) -> list[tuple[str, int, Collection[int]]]:
+    """Instances to which the block behind those that they hold was routed; where that is, and what was routed."""
+    blocks_of, length = routed.get, len(keys)
+    return [
+        (match.instance, match.held, blocks)
         for match in matches
-        if match.held < length and (mask := waiting(keys[match.held])) and (bit := mask & bits.get(match.instance, 0))
+        if match.held < length and keys[match.held] in (blocks := blocks_of(match.instance, ()))
     ]
-    first = waiting(keys[0])
-    if first:
-        without = bits.keys() - {match.instance for match in matches}
-        going_on += [(instance, 0, bit) for instance in without if (bit := first & bits[instance])]
-    return going_on
 
 
-class _Ends:
-    """Where the parts of one prompt end that were routed: for most instances where they do for another, too.
+def _end(backwards: Sequence[int], start: int, blocks: Collection[int]) -> int:
+    """How far a prompt's keys reach that were routed, from one on that was; the keys are given last one first.
 
     A key stands for the whole prompt up to its block, so whoever routed it has routed those before it, too.
     """
-
-    def __init__(self, keys: Sequence[int], waiting: Mapping[int, int], block_size: int) -> None:
-        self._keys = keys
-        self._waiting = waiting
-        self._block_size = block_size
-        self._known: list[tuple[int, int, int, Ahead]] = []
-        """An end, the masks of the blocks before and behind it, and what there is to say of it."""
-        self._learn(len(keys))
-
-    def of(self, start: int, bit: int) -> Ahead:
-        """How far an instance gets that waits for the block at `start`."""
-        for end, last, behind, ahead in self._known:
-            if end > start and last & bit and not behind & bit:
-                return ahead
-        waiting = self._waiting.get
-        return self._learn(bisect_left(self._keys, 1, start, key=lambda key: int(not waiting(key, 0) & bit)))
-
-    def _learn(self, end: int) -> Ahead:
-        keys, waiting = self._keys, self._waiting.get
-        ahead = Ahead(end * self._block_size, self._block_size)
-        behind = waiting(keys[end], 0) if end < len(keys) else 0
-        if len(self._known) < _MOST_KNOWN:
-            self._known.append((end, waiting(keys[end - 1], 0), behind, ahead))
-        return ahead
+    length = len(backwards)
+    if backwards[0] in blocks:  # prompts alike
+        return length
+    return length - bisect_left(backwards, x=True, lo=0, hi=length - start, key=blocks.__contains__)

@@ -13,11 +13,11 @@ Invariant: `held` of an instance names living routings only, and `references` ne
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import Literal
 
-from kvindexer.tiering.awaited import Awaited
 from kvindexer.types import Keyspace
 
 _Place = tuple[Keyspace, str]
@@ -46,8 +46,8 @@ class Speculation:
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
         self._held: dict[Keyspace, dict[str, dict[int, _Routing]]] = {}
-        self._awaited: dict[Keyspace, Awaited] = {}
-        """The same the other way round, which is what questions need."""
+        self._begun: dict[Keyspace, dict[int, Counter[str]]] = {}
+        """First key of a routing -> the instances that it went to, and how many routings of each live."""
         self._routings: dict[_Name, _Routing] = {}
         self._ends: list[tuple[_Order, _Routing]] = []
         """A heap with one entry a routing, at the end that it had when it was put there."""
@@ -93,14 +93,11 @@ class Speculation:
                 self._next_to_end("made_room")
             routing = self._routings[name] = _Routing(name, place, keys, order)
             self.references += len(keys)
+            self._begun.setdefault(keyspace, {}).setdefault(keys[0], Counter())[instance] += 1
             heappush(self._ends, (order, routing))
         else:
             order = routing.order = max(routing.order, order)
         held = self._held.setdefault(keyspace, {}).setdefault(instance, {})
-        awaited = self._awaited.get(keyspace)
-        if awaited is None:
-            awaited = self._awaited[keyspace] = Awaited()
-        awaited.add(instance, [key for key in dict.fromkeys(routing.keys) if key not in held])
         for key in routing.keys:
             other = held.get(key)
             if other is None or other.order < order:
@@ -121,6 +118,7 @@ class Speculation:
             return
         del self._routings[routing.name]
         self.references -= len(routing.keys)
+        self._is_over(routing)
         held = self._held.get(routing.place[0], {}).get(routing.place[1], {})
         gone = self._drop(routing.place, [key for key in routing.keys if held.get(key) is routing])
         if reason == "expired":
@@ -139,15 +137,27 @@ class Speculation:
         held = instances.get(instance)
         if held is None:
             return 0
-        awaited = self._awaited[keyspace]
-        gone = [key for key in keys if held.pop(key, None) is not None]
-        awaited.drop(instance, gone)
+        before = len(held)
+        for key in keys:
+            held.pop(key, None)
+        gone = before - len(held)
         if not held:
-            awaited.leave(instance)
             del instances[instance]
             if not instances:
-                del self._held[keyspace], self._awaited[keyspace]
-        return len(gone)
+                del self._held[keyspace]
+        return gone
+
+    def _is_over(self, routing: _Routing) -> None:
+        (keyspace, instance), first = routing.place, routing.keys[0]
+        begun = self._begun[keyspace]
+        instances = begun[first]
+        instances[instance] -= 1
+        if not instances[instance]:
+            del instances[instance]
+            if not instances:
+                del begun[first]
+                if not begun:
+                    del self._begun[keyspace]
 
     def awaits(self, instance: str) -> bool:
         """Whether any block of the instance waits for its event; cheap."""
@@ -157,6 +167,6 @@ class Speculation:
         """Instances with speculative blocks, and the keys of those."""
         return self._held.get(keyspace, {})
 
-    def awaited(self, keyspace: Keyspace) -> Awaited | None:
-        """Blocks that are on their way, and the instances that wait for each; None: there are none."""
-        return self._awaited.get(keyspace)
+    def begun(self, keyspace: Keyspace, key: int) -> Collection[str]:
+        """Instances that living routings went to which begin with this block; it may be no longer speculative."""
+        return self._begun.get(keyspace, {}).get(key, ())
