@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import ssl
 import subprocess
@@ -12,40 +13,38 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, assert_type
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from api_server import Api, serving
-from kvindexer.api import (
-    feedback,
-    health,
-    heat,
-    keys,
-    locate,
-    match,
-    plan,
-    registration,
-    rfc_sources,
-    routed,
-    schemas,
-    sources,
-)
+from kvindexer.api import registration
 from kvindexer.client import (
+    AsyncChanges,
     AsyncClient,
     BadAnswerError,
+    BlocksEvent,
+    Change,
+    Changes,
     Chat,
     Client,
     ClientError,
+    EndEvent,
+    GoneEvent,
     InvalidRequestError,
     Keys,
     MatchAnswer,
     MultimodalItem,
     NotFoundError,
+    PositionEvent,
     RefusedError,
+    ResetEvent,
     SourceSpec,
     Text,
     TimedOutError,
@@ -55,7 +54,9 @@ from kvindexer.client import (
     answers,
     calls,
     exchange,
+    reports,
 )
+from kvindexer.client import changes as told
 from kvindexer.client.exchange import Again
 from kvindexer.client.methods import Method, Methods
 from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
@@ -68,11 +69,27 @@ KEYS = list(prompt_keys(pack_tokens(PROMPT), 4))
 HASHES = [1000 + number for number in range(10)]
 SERVICE = {
     kind.__name__: kind
-    for module in (feedback, health, heat, keys, locate, match, plan, rfc_sources, routed, schemas, sources)
+    for module in list(sys.modules.values())
+    if module.__name__.startswith("kvindexer.api.")
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind.__module__ == module.__name__
+}
+STRUCTS = [
+    kind
+    for module in (answers, reports, told)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+]
+LEFT_OUT = {("KeysAnswer", "keys_b64"): "`keys` says the same"}
+"""Fields of the service that the client does not read, and why."""
+WITHOUT_METHOD = {
+    "/metrics": "for Prometheus",
+    "/workers": "RFC #1403, for clients of its dialects: `sources` says more",
+    "/query": "RFC #1403, for clients of its dialects: `match` says more",
+    "/query_by_hash": "RFC #1403, for clients of its dialects: `match` with Keys says more",
+    "/score_completions": "for clients of llm-d's example service: `match` has scores",
+    "/score_chat_completions": "for clients of llm-d's example service: `match` has scores",
 }
-STRUCTS = [kind for kind in vars(answers).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
 ASKED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str, Any]] = {
     "match": (
         ("m", Tokens(PROMPT)),
@@ -116,6 +133,14 @@ ASKED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str, Any]] = {
         "/v1/offload/plan",
         {"instance": "pod-a", "tier": "gpu", "hashes": [*HASHES, "0102030405060708"], "hot_from": 5.0},
     ),
+    "explain": (
+        ("m", Tokens(PROMPT)),
+        {"candidates": ["pod-a", "pod-b", "pod-x"]},
+        "/v1/explain",
+        {"model": "m", "tokens": PROMPT, "candidates": ["pod-a", "pod-b", "pod-x"]},
+    ),
+    "tiers": ((), {"model": "m"}, "/v1/tiers?model=m", None),
+    "health": ((), {}, "/health", None),
     "heat_prefixes": (("m",), {"top": 3}, "/v1/heat/prefixes?model=m&top=3", None),
     "heat_single": (("m",), {}, "/v1/heat/single?model=m", None),
     "heat_prewarm": (("m", "pod b"), {}, "/v1/heat/prewarm?model=m&instance=pod+b", None),
@@ -137,7 +162,7 @@ class Flavour:
 
     def __init__(self, kind: type[Client | AsyncClient]) -> None:
         self._kind = kind
-        self._runner = asyncio.Runner()
+        self.runner = asyncio.Runner()
         self._opened: list[Client | AsyncClient] = []
 
     def open(self, url: str, **options: Any) -> Client | AsyncClient:
@@ -147,12 +172,12 @@ class Flavour:
 
     def call(self, client: Client | AsyncClient, name: str, *args: Any, **named: Any) -> Any:
         answer = getattr(client, name)(*args, **named)
-        return self._runner.run(answer) if isinstance(client, AsyncClient) else answer
+        return self.runner.run(answer) if isinstance(client, AsyncClient) else answer
 
     def close(self) -> None:
         for client in self._opened:
             self.call(client, "close")
-        self._runner.close()
+        self.runner.close()
 
 
 @pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
@@ -244,13 +269,45 @@ def test_called_on_no_client_a_method_is_the_call(api: Api) -> None:
         assert client.send(call).matches[0].instance == "pod-a"
 
 
+def test_every_route_has_a_method_or_a_reason_why_not(api: Api) -> None:
+    routes = set(api.client.get("/openapi.json").json()["paths"])
+    asked = {path.partition("?")[0] for _, _, path, _ in ASKED.values()} | {"/v1/changes"}
+    assert asked | WITHOUT_METHOD.keys() == routes
+    assert not asked & WITHOUT_METHOD.keys()
+
+
 @pytest.mark.parametrize("kind", STRUCTS, ids=lambda kind: kind.__name__)
-def test_structs_of_answers_have_fields_of_the_services_own(kind: type[msgspec.Struct]) -> None:
+def test_structs_of_answers_have_the_fields_and_types_of_the_services_own(kind: type[msgspec.Struct]) -> None:
     """They can't be the same: the service's stand beside routes, which import a server."""
     service = {field.encode_name: field for field in msgspec.structs.fields(SERVICE[kind.__name__])}
-    for field in msgspec.structs.fields(kind):
-        assert field.encode_name in service
-        assert service[field.encode_name].required or not field.required, f"{field.name} may be left out"
+    mine = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    left_out = {name for struct, name in LEFT_OUT if struct == kind.__name__}
+    assert mine.keys() == service.keys() - left_out
+    properties = [properties_of(struct) for struct in (kind, SERVICE[kind.__name__])]
+    for name, field in mine.items():
+        assert service[name].required or not field.required, f"{name} may be left out"
+        here, there = (types_of(of[name]) for of in properties)
+        assert here - {"null"} == there - {"null"}, name
+        assert there <= here, f"{name} may be null"
+
+
+def properties_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    _, schemas = msgspec.json.schema_components([kind])
+    found: dict[str, Any] = schemas[kind.__name__]["properties"]
+    return found
+
+
+def types_of(schema: dict[str, Any]) -> set[str]:
+    """What a value may be, without what it may say."""
+    if "$ref" in schema:
+        return {schema["$ref"].rpartition("/")[2]}
+    if "anyOf" in schema:
+        return {each for one in schema["anyOf"] for each in types_of(one)}
+    if "enum" in schema:
+        return {"string"}
+    inner = schema.get("items", schema.get("additionalProperties"))
+    of = f" of {sorted(types_of(inner))}" if isinstance(inner, dict) else ""
+    return {schema.get("type", "anything") + of}
 
 
 def test_every_field_of_a_source_is_registered() -> None:
@@ -654,6 +711,224 @@ def test_connections_are_used_again(flavour: Flavour) -> None:
     flavour.call(client, "close")
     thread.join(5)
     accepted[0].close()
+
+
+@contextmanager
+def hanging_up(*answered: int) -> Iterator[tuple[str, list[bytes]]]:
+    """A server whose connections each answer so many requests, and hang up when the next one has come."""
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for count in answered:
+                connection, _ = listener.accept()
+                with connection:
+                    for number in range(count + 1):
+                        asked.append(_whole(connection))
+                        if number < count and asked[-1]:
+                            connection.sendall(REPLIES[asked[-1].split(b" ")[1].partition(b"?")[0]])
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
+    thread.join(5)
+
+
+def _whole(connection: socket.socket) -> bytes:
+    """One request, or nothing."""
+    received = b""
+    while b"\r\n\r\n" not in received and (chunk := connection.recv(65536)):
+        received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head.lower())
+    while length and len(body) < int(length[1]):
+        body += connection.recv(65536)
+    return head + body
+
+
+AS_MSGPACK = "content-type: application/msgpack"
+REPLIES = {
+    b"/ready": READY,
+    b"/v1/feedback": reply(
+        200, msgspec.msgpack.encode({"instance": "a", "outcome": "exact", "counted": True, "doubted": 0}), AS_MSGPACK
+    ),
+    b"/v1/routed": reply(
+        200,
+        msgspec.msgpack.encode({"model": "m", "instance": "a", "tokens": 1, "speculative_tokens": 0, "ttl_s": 2.0}),
+        AS_MSGPACK,
+    ),
+}
+
+
+@pytest.mark.parametrize("asking", [("ready",), ("routed", "m", "a", Tokens([1]))])
+def test_a_kept_connection_that_is_closed_under_a_request_is_no_failure(
+    flavour: Flavour, asking: tuple[Any, ...]
+) -> None:
+    with hanging_up(1, 1) as (url, asked):
+        client = flavour.open(url)
+        assert flavour.call(client, "ready").ready
+        assert flavour.call(client, *asking)
+        assert len(asked) == 3
+        flavour.call(client, "close")
+
+
+def test_what_counts_twice_if_sent_twice_is_not_sent_again(flavour: Flavour) -> None:
+    with hanging_up(1, 1) as (url, asked):
+        client = flavour.open(url)
+        assert flavour.call(client, "ready").ready
+        with pytest.raises(UnreachableError):
+            flavour.call(client, "feedback", "a", 1, 1)
+        assert len(asked) == 2
+        assert flavour.call(client, "ready").ready
+        flavour.call(client, "close")
+    with hanging_up(1, 1) as (url, _):
+        client = flavour.open(url)
+        assert flavour.call(client, "ready").ready
+        assert flavour.call(client, "feedback", "a", 1, 1, request_id="r").counted
+        flavour.call(client, "close")
+
+
+def test_a_new_connection_that_hangs_up_is_not_tried_again(flavour: Flavour) -> None:
+    with hanging_up(0, 1) as (url, asked):
+        client = flavour.open(url)
+        with pytest.raises(BadAnswerError):
+            flavour.call(client, "ready")
+        assert len(asked) == 1
+        assert flavour.call(client, "ready").ready
+        flavour.call(client, "close")
+
+
+# Changes
+
+
+class Following:
+    """Takes events of a stream of either client."""
+
+    def __init__(self, flavour: Flavour, client: Client | AsyncClient, **about: Any) -> None:
+        self._runner = flavour.runner
+        self.stream = client.changes("m", **about)
+
+    def next(self) -> Change:
+        if isinstance(self.stream, Changes):
+            return next(self.stream)
+        return self._runner.run(_next(self.stream))
+
+    def until_position(self) -> list[Change]:
+        found = [self.next()]
+        while not isinstance(found[-1], PositionEvent):
+            found.append(self.next())
+        return found
+
+    def close(self) -> None:
+        if isinstance(self.stream, Changes):
+            self.stream.close()
+        else:
+            self._runner.run(self.stream.close())
+
+
+async def _next(stream: AsyncChanges) -> Change:
+    return await anext(stream)
+
+
+def test_changes_come_typed_and_go_on_at_a_position(api: Api, flavour: Flavour) -> None:
+    client = flavour.open(url_of(api))
+    with closing(Following(flavour, client)) as following:
+        reset, blocks, *_ = told = following.until_position()
+        assert isinstance(reset, ResetEvent)
+        assert isinstance(blocks, BlocksEvent)
+        assert (reset.instance, reset.model, blocks.instance, blocks.rest) == ("pod-a", "m", "pod-a", 0)
+        assert [(block.hash, block.key) for block in blocks.stored] == list(zip(HASHES, KEYS, strict=True))
+        assert blocks.stored[0].places[0].tier == "gpu"
+        assert len(told) == 5
+        position = following.stream.position
+    assert position
+    api.store("tcp://pod-b:5557", PROMPT[:16], first=7)
+    with closing(Following(flavour, client, since=position)) as following:
+        assert following.stream.position == position
+        change, at = following.until_position()
+        assert isinstance(change, BlocksEvent)
+        assert [block.hash for block in change.stored] == [7000, 7001, 7002, 7003]
+        assert at == PositionEvent(2)
+        assert following.stream.position != position
+
+
+def test_the_end_of_changes_is_told_and_ends_the_iteration(api: Api) -> None:
+    with Client(url_of(api)) as client, client.changes("m") as changes:
+        assert isinstance(next(changes), ResetEvent)
+        api.fleet.leaving = True
+        rest = list(changes)
+    assert rest[-1] == EndEvent("leaving")
+
+    async def asynchronous() -> list[Change]:
+        async with AsyncClient(url_of(api)) as client, client.changes("m") as changes:
+            return [change async for change in changes]
+
+    assert asyncio.run(asynchronous()) == [EndEvent("leaving")]
+
+
+@pytest.mark.parametrize(
+    ("about", "kind", "code"),
+    [
+        ({"tenant": "x"}, NotFoundError, "unknown_model"),
+        ({"since": "?"}, InvalidRequestError, "invalid_position"),
+    ],
+)
+def test_changes_that_are_refused(
+    api: Api, flavour: Flavour, about: dict[str, str], kind: type[RefusedError], code: str
+) -> None:
+    with closing(Following(flavour, flavour.open(url_of(api)), **about)) as following, pytest.raises(kind) as caught:
+        following.next()
+    assert caught.value.code == code
+
+
+EVENT_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+A_POSITION = b': changes\nretry: 1000\n\nid: here\nevent: position\ndata: {"sources": 0}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        (EVENT_STREAM + A_POSITION, UnreachableError),
+        (EVENT_STREAM + A_POSITION + b"event: gone\ndata: {}\n\n", BadAnswerError),
+        (EVENT_STREAM + A_POSITION + b"event: gone\ndata: {}", UnreachableError),
+        (EVENT_STREAM + A_POSITION + b"\n" + b"x" * 2000, BadAnswerError),
+    ],
+    ids=["ended", "garbage", "half", "endless"],
+)
+def test_a_stream_that_breaks_off_is_an_error_and_its_position_stays(
+    flavour: Flavour, said: bytes, kind: type[ClientError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(told, "MAX_EVENT_BYTES", 1000)
+    with answering(said) as (url, _), closing(Following(flavour, flavour.open(url))) as following:
+        assert following.next() == PositionEvent(0)
+        with pytest.raises(kind):
+            following.next()
+        assert following.stream.position == "here"
+
+
+@pytest.mark.parametrize("said", [READY, reply(200, b"{}", "content-type: text/html")])
+def test_what_is_no_stream_is_a_bad_answer(flavour: Flavour, said: bytes) -> None:
+    with answering(said) as (url, _):
+        following = Following(flavour, flavour.open(url))
+        with pytest.raises(BadAnswerError):
+            following.next()
+
+
+def test_a_silent_stream_is_given_up(flavour: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvindexer.client.clients.SILENCE_S", 0.1)
+    with answering(silent) as (url, _):
+        following = Following(flavour, flavour.open(url))
+        with pytest.raises(TimedOutError):
+            following.next()
+
+
+@given(cuts=st.lists(st.integers(0, 400)))
+def test_events_are_the_same_however_their_bytes_are_cut(cuts: list[int]) -> None:
+    text = A_POSITION + b':\n\nevent: later\ndata: {"x": 1}\n\nevent: gone\ndata: {"source": "s"}\n\n'
+    reader = told.Reader("url")
+    places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    events = [event for here, there in pairwise(places) for event in reader.feed(text[here:there])]
+    assert events == [told.Told(PositionEvent(0), "here"), told.Told(GoneEvent("s"), None)]
 
 
 def test_it_speaks_https_with_certificates_that_it_is_given(flavour: Flavour) -> None:

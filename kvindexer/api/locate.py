@@ -64,7 +64,7 @@ class LocatedBlock(msgspec.Struct, gc=False, omit_defaults=True):
     """One block, in the order of the request."""
 
     status: Annotated[Status, Meta(description="`unknown`: the hash means no block in that source.")]
-    holders: Annotated[list[msgspec.Raw], Meta(extra_json_schema={"items": {"$ref": "#/components/schemas/Holder"}})]
+    holders: list[Annotated[msgspec.Raw, Meta(extra_json_schema={"$ref": "#/components/schemas/Holder"})]]
     hash: Annotated[int, Meta(description="The engine hash as an unsigned 64-bit integer.")] | None = None
     key: Annotated[int, Meta(description="The block key, an unsigned 64-bit integer.")] | None = None
 

@@ -25,14 +25,12 @@ from kvindexer.client.answers import (
     PlannedBlock,
     PrefixesAnswer,
     PrewarmAnswer,
-    ReadyAnswer,
     Registered,
     RoutedAnswer,
     SingleAnswer,
-    SourceEntry,
-    SourcesAnswer,
     Unregistered,
 )
+from kvindexer.client.changes import BlocksEvent, Change, EndEvent, GoneEvent, PositionEvent, ResetEvent, StoredBlock
 from kvindexer.client.clients import AsyncClient, Client
 from kvindexer.client.errors import (
     BadAnswerError,
@@ -44,19 +42,39 @@ from kvindexer.client.errors import (
     UnavailableError,
     UnreachableError,
 )
+from kvindexer.client.following import AsyncChanges, Changes
 from kvindexer.client.prompts import Chat, Keys, Prompt, Text, Tokens
+from kvindexer.client.reports import (
+    ExplainAnswer,
+    Explained,
+    HealthAnswer,
+    ModelTiers,
+    ReadyAnswer,
+    SourceEntry,
+    SourcesAnswer,
+    TiersAnswer,
+)
 from kvindexer.tokenization.extras import MultimodalItem
 from kvindexer.types import SourceSpec
 
 __all__ = [
+    "AsyncChanges",
     "AsyncClient",
     "BadAnswerError",
     "BatchAnswer",
     "BatchResult",
+    "BlocksEvent",
+    "Change",
+    "Changes",
     "Chat",
     "Client",
     "ClientError",
+    "EndEvent",
+    "ExplainAnswer",
+    "Explained",
     "FeedbackAnswer",
+    "GoneEvent",
+    "HealthAnswer",
     "HotPrefix",
     "InvalidRequestError",
     "Keys",
@@ -65,22 +83,27 @@ __all__ = [
     "LocatedBlock",
     "Match",
     "MatchAnswer",
+    "ModelTiers",
     "MultimodalItem",
     "NotFoundError",
     "PlanAnswer",
     "PlannedBlock",
+    "PositionEvent",
     "PrefixesAnswer",
     "PrewarmAnswer",
     "Prompt",
     "ReadyAnswer",
     "RefusedError",
     "Registered",
+    "ResetEvent",
     "RoutedAnswer",
     "SingleAnswer",
     "SourceEntry",
     "SourceSpec",
     "SourcesAnswer",
+    "StoredBlock",
     "Text",
+    "TiersAnswer",
     "TimedOutError",
     "Tokens",
     "UnavailableError",

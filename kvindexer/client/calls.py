@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Final, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import Any, Final, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 from urllib.parse import urlencode
 
 import msgspec
@@ -24,20 +24,21 @@ from kvindexer.client.answers import (
     PlanAnswer,
     PrefixesAnswer,
     PrewarmAnswer,
-    ReadyAnswer,
     Registered,
     RoutedAnswer,
     SingleAnswer,
-    SourcesAnswer,
     Unregistered,
 )
+from kvindexer.client.changes import Change
 from kvindexer.client.prompts import Chat, Keys, Prompt, Text, Tokens
+from kvindexer.client.reports import ExplainAnswer, HealthAnswer, ReadyAnswer, SourcesAnswer, TiersAnswer
 from kvindexer.types import SourceSpec
 
 T = TypeVar("T")
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
+EVENTS: Final = "text/event-stream"
 
 EngineHash = int | str | bytes
 """As the engine spells it; bytes are sent as hexadecimal digits."""
@@ -54,6 +55,9 @@ class Call(NamedTuple, Generic[T]):
     """Of the body, and of the answer."""
     good: frozenset[int] = frozenset({200, 201})
     """Statuses whose body is the answer."""
+    repeatable: bool = True
+    """To ask it twice does what asking once does."""
+    headers: Mapping[str, str] = {}
 
     def __repr__(self) -> str:
         return f"<Call: {self.method} {self.path}>"  # the body may hold a prompt
@@ -106,6 +110,12 @@ def keys(
     return _post("/v1/keys", KeysAnswer, model=model, **prompt.fields(), **where)
 
 
+def explain(model: str, prompt: Prompt, **question: Unpack[Question]) -> Call[ExplainAnswer]:
+    """Why does each instance match as far as it does; for people who look for a mistake, not for each request."""
+    asked = {**_about(prompt), **_question(question)}
+    return _post("/v1/explain", ExplainAnswer, model=model, **prompt.fields(), **asked)
+
+
 def routed(
     model: str,
     instance: str,
@@ -131,7 +141,7 @@ def feedback(
     request_id: str | None = None,
 ) -> Call[FeedbackAnswer]:
     """Tell what an engine, by its id, reported as cached, and what had been predicted."""
-    return _post(
+    call = _post(
         "/v1/feedback",
         FeedbackAnswer,
         instance=instance,
@@ -142,6 +152,7 @@ def feedback(
         rank=rank,
         request_id=request_id,
     )
+    return call._replace(repeatable=request_id is not None)  # of equal ids the first one counts
 
 
 # Blocks
@@ -201,6 +212,20 @@ def offload_plan(
     )
 
 
+def changes(
+    model: str, *, tenant: str | None = None, additional_salt: str | None = None, since: str | None = None
+) -> Call[Change]:
+    """What is stored and removed, as it happens: all that is there first, or what has changed `since` a position."""
+    about = {"model": model, "tenant": tenant, "additional_salt": additional_salt}
+    call: Call[Any] = _get("/v1/changes", object, **about)
+    return call._replace(form=EVENTS, headers={} if since is None else {"last-event-id": since})
+
+
+def tiers(*, tenant: str | None = None, model: str | None = None) -> Call[TiersAnswer]:
+    """Blocks and bytes by tier, of each model, instance and store."""
+    return _get("/v1/tiers", TiersAnswer, tenant=tenant, model=model)
+
+
 # Heat
 
 
@@ -241,6 +266,11 @@ def sources(
     return _get("/v1/sources", SourcesAnswer, tenant=tenant, model=model, instance=instance)
 
 
+def health() -> Call[HealthAnswer]:
+    """Is all well, and if not, what is wrong."""
+    return _get("/health", HealthAnswer)
+
+
 def ready() -> Call[ReadyAnswer]:
     """Whether to send queries there; that it is not ready is an answer, too."""
     return Call("GET", "/ready", ReadyAnswer, good=frozenset({200, 503}))
@@ -269,7 +299,7 @@ def unregister(
 ) -> Call[Unregistered]:
     """Have the publishers of an instance forgotten, or those of them that fit."""
     body = {"instance_id": instance, "model": model, "tenant_id": tenant, "dp_rank": rank, "type": type}
-    return Call("POST", "/unregister", Unregistered, msgspec.json.encode(_said(body)))
+    return Call("POST", "/unregister", Unregistered, msgspec.json.encode(_said(body)), repeatable=False)
 
 
 def _post(path: str, answer: type[T], **body: object) -> Call[T]:

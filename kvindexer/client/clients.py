@@ -16,7 +16,9 @@ from typing import Any, Final, Generic, Self, TypeVar
 import httpx
 
 from kvindexer.client.calls import Call
-from kvindexer.client.exchange import TRIES, Body, Reply, again, answer_of, failure
+from kvindexer.client.changes import Change
+from kvindexer.client.exchange import TRIES, Body, Reply, Trace, again, answer_of, failure
+from kvindexer.client.following import SILENCE_S, AsyncChanges, Changes
 from kvindexer.client.methods import Methods
 
 T = TypeVar("T")
@@ -44,7 +46,7 @@ class _Base(Methods, Generic[H]):
         max_connections: int = MAX_CONNECTIONS,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        """`url` is http(s)://host:port; `retry` allows a second try after a refused connection or a 503."""
+        """`url` is http(s)://host:port; `retry` allows a second try, as `client.exchange` says when."""
         self._timeout_s = timeout_s
         self._tries = TRIES if retry else 1
         self._max_answer_bytes = max_answer_bytes
@@ -80,7 +82,7 @@ class _Base(Methods, Generic[H]):
         return f"{type(self).__name__}({self._named!r})"
 
     def _request(self, call: Call[Any], left_s: float) -> dict[str, Any]:
-        headers = {"accept": call.form}
+        headers = {"accept": call.form, **call.headers}
         if call.body is not None:
             headers["content-type"] = call.form
         left_s = max(left_s, 0.001)
@@ -92,6 +94,11 @@ class _Base(Methods, Generic[H]):
             "headers": headers,
             "timeout": timeout,
         }
+
+    def _following(self, call: Call[Change]) -> tuple[str, dict[str, Any], str | None]:
+        timeout = httpx.Timeout(self._timeout_s, connect=min(CONNECT_S, self._timeout_s), read=SILENCE_S)
+        request = {**self._request(call, self._timeout_s), "timeout": timeout}
+        return self._named, request, call.headers.get("last-event-id")
 
     def _settled(self, call: Call[T], outcome: Reply | Exception) -> T:
         if isinstance(outcome, Reply):
@@ -122,6 +129,10 @@ class Client(_Base[httpx.Client]):
             time.sleep(more.pause_s)
         return self._settled(call, outcome)
 
+    def follow(self, call: Call[Change], /) -> Changes:
+        """Follow changes; the method does."""
+        return Changes(self._http, *self._following(call))
+
     def close(self) -> None:
         """End its connections."""
         self._http.close()
@@ -135,16 +146,17 @@ class Client(_Base[httpx.Client]):
         self.close()
 
     def _once(self, call: Call[Any], deadline: float) -> Reply | Exception:
-        body = Body(self._named, self._max_answer_bytes)
+        body, trace = Body(self._named, self._max_answer_bytes), Trace()
+        request = self._request(call, deadline - time.monotonic())
         try:
-            with self._http.stream(**self._request(call, deadline - time.monotonic())) as response:
+            with self._http.stream(**request, extensions={"trace": trace}) as response:
                 for chunk in response.iter_raw():
                     body.add(chunk)
                     if time.monotonic() > deadline:
                         return TimeoutError()
                 return body.reply(response)
         except (httpx.HTTPError, OSError) as error:
-            return error
+            return trace.judged(error)
 
 
 class AsyncClient(_Base[httpx.AsyncClient]):
@@ -169,6 +181,10 @@ class AsyncClient(_Base[httpx.AsyncClient]):
             await asyncio.sleep(more.pause_s)
         return self._settled(call, outcome)
 
+    def follow(self, call: Call[Change], /) -> AsyncChanges:
+        """Follow changes; the method does."""
+        return AsyncChanges(self._http, *self._following(call))
+
     async def close(self) -> None:
         """End its connections."""
         await self._http.aclose()
@@ -182,12 +198,13 @@ class AsyncClient(_Base[httpx.AsyncClient]):
         await self.close()
 
     async def _once(self, call: Call[Any], deadline: float) -> Reply | Exception:
-        body = Body(self._named, self._max_answer_bytes)
+        body, trace = Body(self._named, self._max_answer_bytes), Trace()
         request = self._request(call, deadline - asyncio.get_running_loop().time())
+        request["extensions"] = {"trace": trace.awaited}
         try:
             async with asyncio.timeout_at(deadline), self._http.stream(**request) as response:
                 async for chunk in response.aiter_raw():
                     body.add(chunk)
                 return body.reply(response)
         except (httpx.HTTPError, OSError) as error:
-            return error
+            return trace.judged(error)

@@ -4,8 +4,11 @@
           ──503───────► again, once, after the pause that it asks for   ──► UnavailableError
           ──others────► RefusedError
     refused connection ► again, once                                    ──► UnreachableError
+    hung up, unheard ──► again, once, if it does no harm                ──► UnreachableError
 
-Both are safe for every route: nothing has been done yet.  All of it, pauses too, ends at the call's deadline.
+The first two are safe for every route: nothing has been done yet.  The last one is what a request meets that a server
+closes a kept connection under: most likely it was not read, but that is not certain, so what must not be done twice
+(`Call.repeatable`) is not sent again.  All of it, pauses too, ends at the call's deadline.
 """
 
 from __future__ import annotations
@@ -53,6 +56,10 @@ class Again(NamedTuple):
     pause_s: float
 
 
+class HungUpError(Exception):
+    """A connection that had been used before was closed before anything of the answer came."""
+
+
 class _ErrorAnswer(msgspec.Struct, frozen=True):
     error: ErrorDetail
 
@@ -95,6 +102,8 @@ def again(call: Call[T], outcome: Reply | Exception, left_s: float) -> Again | N
     """Whether a first try is worth a second one, in the time that is left."""
     if isinstance(outcome, httpx.ConnectError):
         pause_s = REFUSED_PAUSE_S
+    elif isinstance(outcome, HungUpError) and call.repeatable:
+        pause_s = 0.0
     elif isinstance(outcome, Reply) and outcome.status == HTTPStatus.SERVICE_UNAVAILABLE not in call.good:
         pause_s = _retry_after_s(outcome)
     else:
@@ -110,7 +119,30 @@ def failure(error: Exception, url: str, timeout_s: float) -> ClientError:
         return UnreachableError(url, "no connection")
     if isinstance(error, httpx.DecodingError | httpx.RemoteProtocolError):
         return BadAnswerError(url, "what came back is no HTTP, or broke off")
+    if isinstance(error, HungUpError):
+        return UnreachableError(url, "it hung up before it answered")
     return UnreachableError(url, f"the connection broke ({type(error).__name__})")
+
+
+class Trace:
+    """Watches one request: on a connection that was used before, and not answered?  Told by httpx, step by step."""
+
+    def __init__(self) -> None:
+        self._fresh = self._answered = False
+
+    def __call__(self, step: str, _: Mapping[str, Any]) -> None:
+        """Take note of a step."""
+        self._fresh |= step == "connection.connect_tcp.started"
+        self._answered |= step == "http11.receive_response_headers.complete"
+
+    async def awaited(self, step: str, _: Mapping[str, Any]) -> None:
+        """The same, as asyncio's side of httpx wants it."""
+        self(step, _)
+
+    def judged(self, error: Exception) -> Exception:
+        """The error, or what it means on a connection like this."""
+        broken = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError)
+        return HungUpError() if broken and not self._fresh and not self._answered else error
 
 
 class Body:
