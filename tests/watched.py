@@ -31,10 +31,10 @@ QUICK: Final = {
 class Watched:
     """One service; it ends with its `with`."""
 
-    def __init__(self, folder: Path, name: str = "a", **settings: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, name: str = "a", **settings: str) -> None:
         values = {**QUICK, **settings}
-        arguments = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-        self.process = Served(folder, name, *arguments)
+        flags = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+        self.process = Served(folder, name, *arguments, *flags)
         self.client: httpx.Client
 
     def __enter__(self) -> Self:
@@ -85,11 +85,11 @@ class Watched:
         )
 
 
-def eventually(what: str, condition: Callable[[], bool]) -> None:
+def eventually(what: str, condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
     """Wait for something that must come; no test fails for being slow."""
-    end = monotonic() + PATIENCE_S
+    end = monotonic() + patience_s
     while monotonic() < end:
         if condition():
             return
         sleep(0.02)
-    raise AssertionError(f"did not happen in {PATIENCE_S:g} s: {what}")
+    raise AssertionError(f"did not happen in {patience_s:g} s: {what}")
