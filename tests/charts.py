@@ -139,6 +139,7 @@ def parts(values: Mapping[str, Any]) -> Parts:
     return Parts(found["annotations"], container, found["volumes"])
 
 
+@cache
 def generated() -> dict[Path, str]:
     """All files that follow from the chart or from the settings, as they should be."""
     made = {SCHEMA: schema_text(), PAGE: page_text(PAGE.read_text())}

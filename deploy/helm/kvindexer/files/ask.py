@@ -1,7 +1,7 @@
 """What `helm test` runs: the service becomes ready, and answers a question.  Needs the standard library alone.
 
-Variables: READY_URL; URL, and TOKEN and CA_FILE if there are any.  Without URL nothing is asked: callers need a client
-certificate, and this one has none.
+Variables: READY_URL; URL, and TOKEN_FILE and CA_FILE if there are any.  Without URL nothing is asked: callers need a
+token or a certificate, and this one has none.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import ssl
 import sys
 import time
+from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -30,9 +31,11 @@ def wait_until_ready(url: str) -> None:
         time.sleep(1)
 
 
-def ask(url: str, token: str | None, ca_file: str | None) -> None:
+def ask(url: str, token_file: str | None, ca_file: str | None) -> None:
     """One question about a model that nobody serves: to be told so is an answer, too."""
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
+    headers = {"content-type": "application/json"}
+    if token_file:
+        headers["authorization"] = f"Bearer {Path(token_file).read_text().strip()}"
     body = json.dumps({"model": "helm-test", "tokens": list(range(16))}).encode()
     context = ssl.create_default_context(cafile=ca_file) if url.startswith("https:") else None
     try:
@@ -49,4 +52,4 @@ def ask(url: str, token: str | None, ca_file: str | None) -> None:
 
 wait_until_ready(os.environ["READY_URL"])
 if os.environ.get("URL"):
-    ask(os.environ["URL"], os.environ.get("TOKEN"), os.environ.get("CA_FILE"))
+    ask(os.environ["URL"], os.environ.get("TOKEN_FILE"), os.environ.get("CA_FILE"))

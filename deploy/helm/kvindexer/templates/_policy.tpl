@@ -1,9 +1,17 @@
 {{/* Parts of policies that concern engines. */}}
 
+{{/* "true" if a policy can say which pods are engines: by names and values alone. */}}
+{{- define "kvindexer.engines.known" -}}
+{{- $terms := "^[^=!(),]+==?[^=!(),]+(,[^=!(),]+==?[^=!(),]+)*$" -}}
+{{- with .Values.discovery -}}
+{{- if and .enabled (not .pools) (regexMatch $terms (nospace .selector)) -}}true{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Pods of engines as discovery finds them; all pods where a policy can't say the same: sets, and pools. */}}
 {{- define "kvindexer.engines.selector" -}}
 {{- $selector := .Values.discovery.selector | nospace -}}
-{{- if and .Values.discovery.enabled (not .Values.discovery.pools) (regexMatch "^[^=!()]+==?[^=!()]+$" (splitList "," $selector | first)) (not (regexMatch "[!()]" .Values.discovery.selector)) -}}
+{{- if include "kvindexer.engines.known" . -}}
 matchLabels:
 {{- range splitList "," $selector }}
 {{- $pair := splitn "=" 2 (replace "==" "=" .) }}

@@ -155,7 +155,7 @@ tokenizer_api_key: extraEnv, as KVINDEXER_TOKENIZER_API_KEY from a Secret
 {{- if .enabled -}}
 {{- if not $.Values.discovery.enabled -}}
 {{- $wrong = append $wrong "networkPolicy.protectEngines: discovery is off, so it is not known which pods are engines" -}}
-{{- else if or $.Values.discovery.pools (not (regexMatch "^[^=!(), ]+==?[^=!(), ]+(,[^=!(), ]+==?[^=!(), ]+)*$" $.Values.discovery.selector)) -}}
+{{- else if not (include "kvindexer.engines.known" $) -}}
 {{- $wrong = append $wrong "networkPolicy.protectEngines: needs a discovery.selector of the form name=value,... and no pools, to know which pods to close" -}}
 {{- end -}}
 {{- if and $sidecar (not $.Values.sidecar.podLabels) -}}
