@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 
 PATIENCE_S = 60
 TIMEOUT_S = 5
+NOT_FOUND = 404
 
 
 def wait_until_ready(url: str) -> None:
@@ -43,7 +44,7 @@ def ask(url: str, token_file: str | None, ca_file: str | None) -> None:
             print(f"{url}: {response.status}")
     except HTTPError as error:
         text = error.read().decode(errors="replace")
-        if error.code != 404 or '"unknown_model"' not in text:
+        if error.code != NOT_FOUND or '"unknown_model"' not in text:
             sys.exit(f"{url}: {error.code} {text}")
         print(f"{url}: answers (no engine serves the model of this test)")
     except (URLError, OSError) as error:
