@@ -82,6 +82,8 @@ class StreamMachine(RuleBasedStateMachine):
         """The newest message of this life at which both flags were up."""
         self.lost = self.failed = False
         """Since then: did a live message not come through, did a replay not bring all of the buffer."""
+        self.verdicts: Counter[int] = Counter()
+        """How often callers found the claims of a life wrong, by the number that the machine has given it."""
         self._do(self.stream.start(self.now))
 
     def _do(self, actions: list[Apply | Ask | Withdraw | Drop]) -> None:
@@ -207,6 +209,13 @@ class StreamMachine(RuleBasedStateMachine):
         self.asked, self.failed = None, True
         self._do(self.stream.replay_failed("no answer", self.now))
 
+    @rule()
+    def find_wrong(self) -> None:
+        """Callers say that the engine does not have what its events claim; here they are mistaken."""
+        self.verdicts[self.stream.epoch] += 1
+        self.stream.found_wrong("callers say so", self.now)
+        assert not self.stream.sound
+
     @rule(seconds=st.sampled_from([0.5, 3.0, 6.0, 20.0, 400.0]))
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -256,7 +265,7 @@ class StreamMachine(RuleBasedStateMachine):
             self.truth()
         assert self.stream.state is State.LIVE
         assert self.stream.lag_s(self.now) == 0.0
-        if repairable:
+        if repairable and self._believed():
             assert (self.stream.sound, self.stream.complete) == (True, True), self.stream.why
         if self.stream.sound and self.stream.complete:
             assert self.copies == self._newest_truth(), self.view
@@ -278,6 +287,12 @@ class StreamMachine(RuleBasedStateMachine):
         if self.certain is None or self.certain < self.engine.buffer[0][0]:
             return False
         return not (self.lost and self.failed)
+
+
+    def _believed(self) -> bool:
+        """Claims that were found wrong are proven anew by a replay of the whole life, if there is one, once."""
+        verdicts = self.verdicts[self.stream.epoch]
+        return not verdicts or (verdicts == 1 and len(self.engine.history) <= BUFFER_STEPS)
 
 
 class NoReplayMachine(StreamMachine):
