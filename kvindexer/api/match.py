@@ -4,8 +4,9 @@ body ─► MatchRequest ─► Matcher.asked, prompt ─► Matcher.answer ─�
         text in it? ─► tokens (wait) ─┘
 body ─► BatchRequest ─► Matcher.asked, prompts ─► Matcher.answer for each ─► BatchAnswer
 
-A batch does once what is the same for all of its prompts: names, candidates, HTTP.  Between prompts it lets others
-have their turn, so that a large batch delays nobody; each prompt's result is of one moment.
+A batch does once what is the same for all of its prompts: names, candidates, HTTP; and the keys of beginnings that
+prompts share.  Between prompts it lets others have their turn, so that a large batch delays nobody; each prompt's
+result is of one moment.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Awaitable
 from time import perf_counter
 from typing import Final
 
+from kvindexer.api.beginnings import Beginnings
 from kvindexer.api.decoding import check_size, reader
 from kvindexer.api.errors import ErrorDetail
 from kvindexer.api.forms import FORMS, Call
@@ -84,6 +86,7 @@ class MatchRoutes:
         asked = self._matcher.asked(request, call.answer)
         size = asked.spaces[0].block_size
         results = []
+        beginnings = Beginnings()
         tokens = 0
         since = perf_counter()
         for raw in request.prompts:
@@ -95,6 +98,7 @@ class MatchRoutes:
             except RequestError as error:
                 results.append(BatchResult(error=ErrorDetail(error.code, error.message, error.hint)))
                 continue
+            beginnings.meet(prompt)
             tokens += prompt.tokens(size)
             if tokens > self._max_batch_tokens:
                 raise TooLargeError("prompts in tokens", tokens, self._max_batch_tokens, "max_batch_tokens")

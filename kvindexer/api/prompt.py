@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvindexer.errors import RequestError, TooLargeError
-from kvindexer.tokenization.blocks import TOKEN_BYTES, pack_tokens, prompt_keys
+from kvindexer.tokenization.blocks import TOKEN_BYTES, chain_keys, local_hashes, pack_tokens, prompt_keys
 from kvindexer.tokenization.extras import MultimodalItem, prompt_extras
 
 
@@ -34,12 +34,13 @@ class TokenPrompt:
         cache_salt: str | None = None,
         multimodal: Sequence[MultimodalItem] = (),
     ) -> None:
-        self._packed = packed
+        self.packed = packed
         self._tokens = len(packed) // TOKEN_BYTES
         self._lora = lora or None
         self._cache_salt = cache_salt or None
         self._multimodal = multimodal
         self._keys: dict[int, list[int]] = {}
+        self._earlier: TokenPrompt | None = None
 
     @property
     def plain(self) -> bool:
@@ -48,14 +49,28 @@ class TokenPrompt:
 
     def with_lora(self, lora: str | None) -> TokenPrompt:
         """The same prompt for another LoRA, or for none."""
-        return TokenPrompt(self._packed, lora=lora, cache_salt=self._cache_salt, multimodal=self._multimodal)
+        return TokenPrompt(self.packed, lora=lora, cache_salt=self._cache_salt, multimodal=self._multimodal)
+
+    def follow(self, earlier: TokenPrompt) -> None:
+        """Take the keys of an earlier prompt for as long as the tokens are the same; both must be plain."""
+        self._earlier = earlier
 
     def keys(self, block_size: int) -> list[int]:
         """See `Prompt.keys`."""
         keys = self._keys.get(block_size)
         if keys is None:
-            keys = self._keys[block_size] = self._hashed(block_size)
+            earlier = self._earlier
+            keys = self._hashed(block_size) if earlier is None else self._going_on(earlier, block_size)
+            self._keys[block_size] = keys
         return keys
+
+    def _going_on(self, earlier: TokenPrompt, block_size: int) -> list[int]:
+        width = block_size * TOKEN_BYTES
+        shared = _shared(self.packed, earlier.packed, width)
+        if not shared:
+            return self._hashed(block_size)
+        keys = earlier.keys(block_size)[:shared]
+        return keys + chain_keys(keys[-1], local_hashes(self.packed[shared * width :], block_size))
 
     def _hashed(self, block_size: int) -> list[int]:
         extras = None
@@ -67,7 +82,7 @@ class TokenPrompt:
                 cache_salt=self._cache_salt,
                 multimodal=self._multimodal,
             )
-        return prompt_keys(self._packed, block_size, extras)
+        return prompt_keys(self.packed, block_size, extras)
 
     def tokens(self, block_size: int) -> int:  # noqa: ARG002 - the same for all sizes
         """See `Prompt.tokens`."""
@@ -76,6 +91,18 @@ class TokenPrompt:
     def whole(self, block_size: int) -> int:  # noqa: ARG002 - the same for all sizes
         """See `Prompt.whole`."""
         return self._tokens
+
+
+def _shared(one: bytes, other: bytes, width: int) -> int:
+    """How many leading parts of this width are equal."""
+    low, high = 0, min(len(one), len(other)) // width
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low * width : middle * width] == other[low * width : middle * width]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 class KeyPrompt:
