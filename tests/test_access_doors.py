@@ -165,7 +165,7 @@ def test_an_expired_token_is_told_apart_from_one_that_nobody_has(api: Api) -> No
 
 @pytest.mark.parametrize("value", ["", "Bearer", "Basic cTpx", "Bearer\tx", "bearer " + "x" * 20_000, "Bearer ü"])
 def test_a_header_that_is_no_bearer_token_is_refused(api: Api, value: str) -> None:
-    response = api.client.get("/v1/sources", headers={"authorization": value.encode("latin-1")})
+    response = api.client.get("/v1/sources", headers=[(b"authorization", value.encode("latin-1"))])
     assert error(response)[0] == 401
 
 

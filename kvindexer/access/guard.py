@@ -55,7 +55,10 @@ class Guard:
         self._tokens = tokens
         self._reviews = reviews
         self._grants = grants or {}
-        bearer = [*(["a token of the tokens file"] if tokens else []), *(["a Kubernetes token"] if reviews else [])]
+        bearer = [
+            *(["a token of the tokens file"] if tokens is not None else []),
+            *(["a Kubernetes token"] if reviews is not None else []),
+        ]
         self._ways = " or ".join([*bearer, *(["a client certificate"] if self._grants else [])])
         self._bearer = bool(bearer)
 

@@ -1,0 +1,53 @@
+"""A certificate authority of a test, and its certificates as files."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import NamedTuple
+
+import trustme
+
+
+class Certificate(NamedTuple):
+    """A certificate and its key."""
+
+    cert: Path
+    key: Path
+
+
+class Authority:
+    """Issues certificates into a folder."""
+
+    def __init__(self, folder: Path, name: str = "ca") -> None:
+        self._folder = folder
+        self._authority = trustme.CA()
+        self.file = folder / f"{name}.pem"
+        self._authority.cert_pem.write_to_path(str(self.file))
+
+    def issue(self, file: str, *names: str, common_name: str | None = None) -> Certificate:
+        """A certificate for these names, in files of this name; what was there before is replaced at once."""
+        issued = self._authority.issue_cert(*names, common_name=common_name)
+        made = Certificate(self._folder / f"{file}.pem", self._folder / f"{file}.key")
+        for path, content in (
+            (made.key, issued.private_key_pem.bytes()),
+            (made.cert, b"".join(pem.bytes() for pem in issued.cert_chain_pems)),
+        ):
+            replaced = path.with_suffix(".new")
+            replaced.write_bytes(content)
+            replaced.chmod(0o600)
+            replaced.replace(path)
+        return made
+
+    def trusted(self, own: Certificate | None = None) -> ssl.SSLContext:
+        """What a client believes, and shows if it has a certificate."""
+        context = ssl.create_default_context(cafile=str(self.file))
+        if own is not None:
+            context.load_cert_chain(own.cert, own.key)
+        return context
+
+    def serving(self, own: Certificate) -> ssl.SSLContext:
+        """What a server shows."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(own.cert, own.key)
+        return context
