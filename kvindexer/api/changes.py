@@ -25,6 +25,7 @@ from kvindexer.api.limits import RETRY_AFTER_S
 from kvindexer.api.lookup import KnownModels, keyspaces, tenant_named
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.openapi import reference
+from kvindexer.api.parameters import ChosenName, GivenName
 from kvindexer.errors import RequestError
 from kvindexer.index.seam import Index
 from kvindexer.index.topology import is_store
@@ -143,7 +144,7 @@ class Stream(Response):
     """One client's stream."""
 
     def __init__(self, follower: Follower, woken: asyncio.Event, end: Streams) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
+        super().__init__(media_type="text/event-stream")
         del self.headers["content-length"]
         self._follower = follower
         self._woken = woken
@@ -271,9 +272,9 @@ def routes(settings: Settings, index: Index, fleet: Fleet, models: KnownModels, 
         responses=_RESPONSES,
     )
     async def changes(
-        model: str,
-        tenant: str | None = None,
-        additional_salt: str | None = None,
+        model: GivenName,
+        tenant: ChosenName = None,
+        additional_salt: ChosenName = None,
         since: str | None = None,
         last_event_id: Annotated[str | None, Header()] = None,
     ) -> Response:
