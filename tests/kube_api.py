@@ -88,6 +88,8 @@ class KubeApi:
         self.gone_as_event = True
         """A version that is too old: 200 and an ERROR event, or the status 410."""
         self.delay_s = 0.0
+        self.watch_s = 3600.0
+        """Longest that a watch stays open, whatever it asks for."""
         self.paused = False
         """Requests are taken and not answered, watches fall silent."""
         self.garbage: bytes | None = None
@@ -264,7 +266,7 @@ class KubeApi:
 
     def events(self, collection: str, namespace: str, params: Mapping[str, str]) -> Iterator[dict[str, Any] | None]:
         """What a watch is told; None: nothing for a while.  Raises _CutError."""
-        end = time.monotonic() + float(params.get("timeoutSeconds", "3600"))
+        end = time.monotonic() + min(self.watch_s, float(params.get("timeoutSeconds", "3600")))
         with self._changed:
             at = int(params.get("resourceVersion") or self._revision)
             epoch, bookmarks = self._epoch, self._bookmarks

@@ -67,6 +67,7 @@ class Watched(Generic[Object]):
         self._retry_max_s, self._tally, self._changed = keeping
         self._version = ""
         self._failures = 0
+        self._cuts = 0
 
     async def run(self) -> None:
         """Keep it up to date, until cancelled."""
@@ -115,7 +116,7 @@ class Watched(Generic[Object]):
         elif event.kind != "BOOKMARK":
             raise ClusterError("unreadable", f"a watch event of the type {event.kind[:20]!r}")
         self._version = metadata.resourceVersion or self._version
-        self._failures = 0
+        self._failures = self._cuts = 0
         if event.kind != "BOOKMARK":
             self._changed()
 
@@ -124,7 +125,8 @@ class Watched(Generic[Object]):
 
     def _failed(self, error: ClusterError) -> None:
         self._failures += 1
-        often = self._failures > _OFTEN
+        self._cuts = self._cuts + 1 if error.reason == "cut" else 0
+        often = self._cuts > _OFTEN
         if error.reason not in {"ended", "cut"} or often:
             self._version = ""
         if error.reason in _EXPECTED:
