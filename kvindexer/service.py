@@ -56,6 +56,7 @@ from kvindexer.tokenization.remote import FAIR_SHARE, RemoteTokenizer
 from kvindexer.tokenization.texts import TextLimits, Texts
 from kvindexer.tokenization.tokenizer import Tokenizer
 from kvindexer.watching.logs import loop_fault, set_up
+from kvindexer.watching.tracing import CountSpans, Tracing
 
 if TYPE_CHECKING:
     from uvicorn import Config
@@ -64,6 +65,7 @@ _log = logging.getLogger(__name__)
 
 DESCRIPTORS_A_SOURCE: Final = 8
 """SUB, its monitor's two ends, the TCP connection, a replay with its own, and room for its successor."""
+NO_TRACER: Final = "OpenTelemetry to be installed: pip install 'kvindexer[otel]'"
 NO_CLIENT: Final = "a client of Kubernetes to be installed: pip install 'kvindexer[kubernetes]'"
 SPARE_DESCRIPTORS: Final = 1024
 GC_THRESHOLDS: Final = (50_000, 20, 100)
@@ -93,15 +95,28 @@ def open_finder(settings: Settings) -> Finder:
     return KubernetesFinder(settings, open_cluster(settings))
 
 
-def open_keeper(settings: Settings) -> Keeper:
+def open_tracing(settings: Settings, count: CountSpans = lambda _, __: None) -> Tracing:
+    """Who is told where the time goes; the one place where one is chosen.  Raises SettingsError."""
+    if not settings.otlp_endpoint:
+        return Tracing()
+    try:
+        from kvindexer.watching.spans import Spans  # noqa: PLC0415 - needs an extra
+    except ImportError:
+        raise SettingsError("otlp_endpoint", settings.otlp_endpoint, NO_TRACER) from None
+    return Spans(settings, count)
+
+
+def open_keeper(settings: Settings, tracing: Tracing | None = None) -> Keeper:
     """Who keeps a copy of the index; the one place where one is chosen."""
     if settings.store.kind == "memory":
         return Nobody()
     server = ShardServer(open_client(settings), Names(settings.store_namespace), settings.store_timeout_s)
-    return RedisKeeper(settings, server, replica_name(settings))
+    return RedisKeeper(settings, (tracing or Tracing()).server(server), replica_name(settings))
 
 
-def open_texts(settings: Settings, count: Callable[[str], None] = lambda _: None) -> Texts:
+def open_texts(
+    settings: Settings, count: Callable[[str], None] = lambda _: None, tracing: Tracing | None = None
+) -> Texts:
     """What makes tokens of texts.  Raises SettingsError for files that can't be used."""
     limits = TextLimits(
         max_text_bytes=settings.max_text_bytes,
@@ -111,7 +126,9 @@ def open_texts(settings: Settings, count: Callable[[str], None] = lambda _: None
         tokenizer_cache_bytes=settings.tokenizer_cache_bytes,
         tokenizer_cache_ttl_s=settings.tokenizer_cache_ttl_s,
     )
-    return Texts({model: _tokenizer(settings, model) for model in settings.tokenizers}, limits, count)
+    traced = tracing or Tracing()
+    tokenizers = {model: traced.tokenizer(model, _tokenizer(settings, model)) for model in settings.tokenizers}
+    return Texts(tokenizers, limits, count)
 
 
 def _tokenizer(settings: Settings, model: str) -> Tokenizer:
@@ -182,15 +199,18 @@ async def _serve(settings: Settings, sockets: _Sockets, reloads: Reloads) -> Non
     asyncio.get_running_loop().set_exception_handler(loop_fault)
     metrics = Metrics()
     speculation = Speculation(settings.max_speculative_blocks)
-    keeper, finder = open_keeper(settings), open_finder(settings)
+    tracing = open_tracing(settings, metrics.spans)
+    keeper, finder = open_keeper(settings, tracing), open_finder(settings)
     fleet = LiveFleet(settings, partial(open_index, settings), metrics, keeper, speculation, finder=finder)
     metrics.watch(fleet)
-    texts = open_texts(settings, metrics.text)
+    texts = open_texts(settings, metrics.text, tracing)
     access = open_access(settings)
-    app = create_app(settings, fleet.index, fleet, metrics, texts, speculation=speculation, access=access)
-    config = configured(app, settings, access.context)
+    index = tracing.index(fleet.index)
+    app = create_app(settings, index, fleet, metrics, texts, speculation=speculation, access=access)
+    config = configured(tracing.requests(app), settings, access.context)
     probes = create_probes(settings, fleet, metrics, access.problems)
     async with (
+        tracing.running(),
         fleet.running(),
         access.watched(),
         reloads.running(settings, fleet, metrics.reloaded, access.reload),

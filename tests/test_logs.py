@@ -158,8 +158,8 @@ class Clock:
 
 def answered(log: RequestLog, status: int = 200, seconds: float = 0.001, route: str = "/v1/match") -> None:
     work = Work()
-    work.prompts, work.tokens, work.hit_tokens = 1, 64, 48
-    log.answered("POST", route, status, seconds, work=work, caller="router")
+    work.route, work.prompts, work.tokens, work.hit_tokens = route, 1, 64, 48
+    log.answered("POST", status, seconds, work=work, caller="router", trace=None)
 
 
 def fields(record: logging.LogRecord) -> dict[str, Any]:

@@ -15,9 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvindexer.api.errors import CLOSE, RefusedError
 from kvindexer.errors import RequestError, TooLargeError
-
-RECEIVED_AT: Final = "kvindexer.received_at"
-"""Key in the scope: when the body was complete."""
+from kvindexer.watching.work import RECEIVED_AT
 
 _PATIENCE: Final = 2
 """A body of up to so many times the limit is read to its end before it is refused."""

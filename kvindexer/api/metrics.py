@@ -25,6 +25,7 @@ from kvindexer.tiering.feedback import OUTCOMES, Outcome
 from kvindexer.tiering.heat import HeatCounts
 from kvindexer.tiering.speculative import Speculation
 from kvindexer.types import TIERS
+from kvindexer.watching.tracing import SPAN_OUTCOMES, SpanOutcome
 from kvindexer.watching.work import present
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -58,6 +59,7 @@ class Metrics:
         self._replays = Accumulated()
         self._unreadable = Accumulated()
         self._streams: Counter[str] = Counter(dict.fromkeys(STREAM_ENDS, 0))
+        self._spans: Counter[str] = Counter(dict.fromkeys(SPAN_OUTCOMES, 0))
         self._max_entries = 0
         self._requests: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._feedback: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
@@ -133,6 +135,10 @@ class Metrics:
         self._cached_tokens += cached_tokens
         self._doubts += doubted
 
+    def spans(self, outcome: SpanOutcome, count: int) -> None:
+        """Spans were sent to the collector, or could not be; called by one thread beside the loop."""
+        self._spans[outcome] += count
+
     def stream_ended(self, reason: str) -> None:
         """A stream of /v1/changes is over; `reason` is one of `STREAM_ENDS`."""
         self._streams[reason] += 1
@@ -185,6 +191,7 @@ class Metrics:
             yield from self._of_changes(self._fleet.changes)
         if self._speculation is not None and self._heat is not None:
             yield from _of_tiering(self._speculation, self._heat)
+        yield _counters("trace_spans", "Spans for the collector of traces.", "outcome", self._spans)
         yield _counters("config_reloads", "Readings of the configuration at SIGHUP.", "outcome", self._reloads)
         whole = int(self._reloaded_whole)
         yield _gauge("config_reload_successful", "1 unless the last of them was not applied as a whole.", whole)

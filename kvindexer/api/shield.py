@@ -14,12 +14,12 @@ from time import perf_counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvindexer.access.identity import caller
-from kvindexer.api.body import RECEIVED_AT, DisconnectedError
+from kvindexer.api.body import DisconnectedError
 from kvindexer.api.errors import internal_error, send_error
 from kvindexer.api.metrics import Metrics
 from kvindexer.errors import RequestError
 from kvindexer.watching.requests import RequestLog
-from kvindexer.watching.work import begin
+from kvindexer.watching.work import RECEIVED_AT, TRACE, begin
 
 _log = logging.getLogger(__name__)
 
@@ -57,14 +57,13 @@ class Shield:
             self._log(scope, error)
             if not status:
                 await send_error(observed, internal_error())
-        route = scope["path"] if scope["path"] in self._routes else "other"
+        work.route = scope["path"] if scope["path"] in self._routes else "other"
         received_at = scope.get(RECEIVED_AT)
         seconds = None if received_at is None else perf_counter() - received_at
-        self._metrics.answered(route, status, seconds)
+        self._metrics.answered(work.route, status, seconds)
         known = caller()
-        self._lines.answered(
-            scope["method"], route, status, seconds, work=work, caller=None if known is None else known.name
-        )
+        name = None if known is None else known.name
+        self._lines.answered(scope["method"], status, seconds, work=work, caller=name, trace=scope.get(TRACE))
 
     def _log(self, scope: Scope, error: Exception) -> None:
         place = "".join(traceback.format_tb(error.__traceback__))

@@ -37,10 +37,10 @@ class RequestLog:
         self._left_out = 0
 
     def answered(
-        self, method: str, route: str, status: int, seconds: float | None, *, work: Work, caller: str | None
+        self, method: str, status: int, seconds: float | None, *, work: Work, caller: str | None, trace: str | None
     ) -> None:
-        """A request was answered; `route` is one of our paths.  `seconds`: None if its body was never complete."""
-        slow = seconds is not None and seconds >= self._slow_s and route not in STREAMS
+        """A request was answered.  `seconds`: None if its body was never complete."""
+        slow = seconds is not None and seconds >= self._slow_s and work.route not in STREAMS
         level = logging.WARNING if slow or status >= FAULT else self._ordinary
         if not _log.isEnabledFor(level) or (level == logging.WARNING and not self._may_write()):
             return
@@ -49,7 +49,7 @@ class RequestLog:
             level,
             "request",
             method=method,
-            route=route,
+            route=work.route,
             status=status,
             duration_ms=None if seconds is None else round(1000 * seconds, 3),
             slow=slow or None,
@@ -57,7 +57,7 @@ class RequestLog:
             tokens=work.tokens if work.prompts else None,
             hit_tokens=work.hit_tokens if work.prompts else None,
             caller=caller,
-            trace=work.trace or None,
+            trace=trace,
             left_out=self._take_left_out() if level == logging.WARNING else None,
         )
 
