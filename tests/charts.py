@@ -228,7 +228,7 @@ def kustomize_parts() -> dict[Path, str]:
         each["metadata"] = {"name": each["metadata"]["name"]}
     rights[1]["subjects"][0]["namespace"] = "default"
     header = _GENERATED.replace("the values beside it, or the chart,", "the chart")
-    account = "# The account is the scheduler's: where it isn't called epp, an overlay says so by a patch.\n"
+    account = "# The account is the scheduler's: an overlay says its name and namespace, as ../example does.\n"
     return {
         folder / "patch.yaml": header + yaml.safe_dump(patch, sort_keys=False, width=120),
         folder / "config.yaml": header + settings_file(release, "kvindexer"),

@@ -63,7 +63,7 @@ def test_files_that_kustomize_names_are_there() -> None:
     for folder in ("sidecar", "example"):
         content = yaml.safe_load((KUSTOMIZE / folder / "kustomization.yaml").read_text())
         files = [*content.get("resources", ()), *content.get("components", ())]
-        files += [patch["path"] for patch in content.get("patches", ())]
+        files += [patch["path"] for patch in content.get("patches", ()) if "path" in patch]
         files += [name for one in content.get("configMapGenerator", ()) for name in one["files"]]
         assert files
         assert all((KUSTOMIZE / folder / name).exists() for name in files)

@@ -123,7 +123,7 @@ def test_without_further_values_the_door_is_open_to_the_namespace_and_to_prometh
         {"from": [namespace("monitoring")], "ports": at([9090])},
         {"from": [{"podSelector": {"matchLabels": test}}], "ports": at([8090, 9090])},
     ]
-    assert spec["egress"] == [NAMES, {"to": [ENGINES], "ports": at([5557, 8000])}, API_SERVER]
+    assert spec["egress"] == [NAMES, {"to": [ENGINES], "ports": at([5557, 5657, 8000])}, API_SERVER]
 
 
 def test_ports_follow_the_settings_of_service_and_engines() -> None:
@@ -139,6 +139,17 @@ def test_ports_follow_the_settings_of_service_and_engines() -> None:
         {"from": [namespace("monitoring")], "ports": at([81])},
     ]
     assert spec["egress"][1] == {"to": [ENGINES], "ports": at([(6000, 6007), (7000, 7007), 8200, 9000])}
+
+
+def test_pods_may_name_their_replay_port_themselves() -> None:
+    """It is reached at the usual port, another one, or not at all; the setting of all pods goes before."""
+    for values, ports in (
+        ({}, [5557, 5657, 8000]),
+        ({"networkPolicy": {"engines": {"replayPort": 5558}}}, [5557, 5558, 8000]),
+        ({"networkPolicy": {"engines": {"replayPort": None}}}, [5557, 8000]),
+        ({"discovery": {"replayPort": 7000}}, [5557, 7000, 8000]),
+    ):
+        assert policy(values)["egress"][1]["ports"] == at(ports)
 
 
 @pytest.mark.parametrize(

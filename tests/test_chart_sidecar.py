@@ -164,7 +164,16 @@ def test_kustomize_makes_the_same_pod() -> None:
     role, binding = documents(folder / "rbac.yaml")
     assert role["rules"] == one(objects(values), "Role")["rules"]
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
-    assert binding["subjects"][0]["name"] == pod["serviceAccountName"]
+    overlay = yaml.safe_load((KUSTOMIZE / "example" / "kustomization.yaml").read_text())
+    (given,) = overlay["patches"]
+    assert given["target"] == {"kind": "RoleBinding", "name": binding["metadata"]["name"]}
+    (change,) = yaml.safe_load(given["patch"])
+    assert (change["op"], change["path"]) == ("replace", "/subjects/0")
+    assert change["value"] == {
+        "kind": "ServiceAccount",
+        "name": pod["serviceAccountName"],
+        "namespace": overlay["namespace"],
+    }
 
 
 def test_merging_twice_is_merging_once() -> None:

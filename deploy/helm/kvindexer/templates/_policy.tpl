@@ -22,10 +22,15 @@ matchLabels:
 {{- end -}}
 {{- end -}}
 
+{{/* First ports of events and of replay: that of all pods, or the one at which pods may have it. A JSON list. */}}
+{{- define "kvindexer.engines.firstPorts" -}}
+{{- list .Values.discovery.eventPort (.Values.discovery.replayPort | default .Values.networkPolicy.engines.replayPort) | compact | toJson -}}
+{{- end -}}
+
 {{/* Events and replay of all ranks. */}}
 {{- define "kvindexer.engines.eventPorts" -}}
 {{- $further := sub .Values.networkPolicy.engines.ranks 1 | int -}}
-{{- range compact (list .Values.discovery.eventPort .Values.discovery.replayPort) }}
+{{- range include "kvindexer.engines.firstPorts" . | fromJsonArray }}
 - {protocol: TCP, port: {{ . }}{{ if $further }}, endPort: {{ add . $further }}{{ end }}}
 {{- end -}}
 {{- end -}}

@@ -163,7 +163,7 @@ tokenizer_api_key: extraEnv, as KVINDEXER_TOKENIZER_API_KEY from a Secret
 {{- end -}}
 {{- $ranks := int $.Values.networkPolicy.engines.ranks -}}
 {{- range $port := .openPorts -}}
-{{- range $first := compact (list $.Values.discovery.eventPort $.Values.discovery.replayPort) -}}
+{{- range $first := include "kvindexer.engines.firstPorts" $ | fromJsonArray -}}
 {{- if and (ge (int $port) (int $first)) (lt (int $port) (add $first $ranks | int)) -}}
 {{- $wrong = append $wrong (printf "networkPolicy.protectEngines.openPorts: %d is a port of events or replay, which was to be closed" (int $port)) -}}
 {{- end -}}
