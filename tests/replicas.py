@@ -10,6 +10,7 @@ from typing import Any
 
 from kvindexer.events.fleet import LiveFleet
 from kvindexer.index.engine import PyIndex
+from kvindexer.service import open_finder
 from kvindexer.settings import Settings
 from kvindexer.store.connect import open_client
 from kvindexer.store.keeper import RedisKeeper
@@ -51,7 +52,8 @@ async def replica(url: str, name: str = "a", **settings: Any) -> AsyncIterator[R
     """Run a replica with its own index; `sources` among the settings are followed from the start."""
     chosen = Settings(**{**QUICK, **KEEP_QUICK, "store": url, "replica": name, **settings})
     keeper = RedisKeeper(chosen, _server(chosen), name)
-    fleet = LiveFleet(chosen, lambda least: PyIndex(None, chosen.media, least), Uncounted(), keeper)
+    finder = open_finder(chosen)
+    fleet = LiveFleet(chosen, lambda least: PyIndex(None, chosen.media, least), Uncounted(), keeper, finder=finder)
     async with fleet.running():
         yield Replica(name, fleet, keeper)
 
