@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import ssl
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 
 class Certificate(NamedTuple):
@@ -37,6 +47,30 @@ class Authority:
             replaced.write_bytes(content)
             replaced.chmod(0o600)
             replaced.replace(path)
+        return made
+
+    def issue_uri(self, file: str, uri: str) -> Certificate:
+        """A client's certificate for a URI, as SPIFFE has them."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        now = datetime.now(UTC)
+        authority = x509.load_pem_x509_certificate(self._authority.cert_pem.bytes())
+        signer = cast(
+            "ec.EllipticCurvePrivateKey", load_pem_private_key(self._authority.private_key_pem.bytes(), None)
+        )
+        issued = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([]))
+            .issuer_name(authority.subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(hours=1))
+            .not_valid_after(now + timedelta(hours=1))
+            .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=True)
+            .sign(cast("ec.EllipticCurvePrivateKey", signer), SHA256())
+        )
+        made = Certificate(self._folder / f"{file}.pem", self._folder / f"{file}.key")
+        made.cert.write_bytes(issued.public_bytes(Encoding.PEM))
+        made.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return made
 
     def trusted(self, own: Certificate | None = None) -> ssl.SSLContext:
