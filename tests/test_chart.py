@@ -8,12 +8,26 @@ import re
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import pytest
 import yaml
 
-from charts import CHART, NAMESPACE, RELEASE, Object, containers, lint, objects, one, pod_specs, settings_file, texts
+from charts import (
+    CHART,
+    NAMESPACE,
+    RELEASE,
+    Object,
+    containers,
+    lint,
+    objects,
+    one,
+    parsed,
+    pod_specs,
+    settings_file,
+    texts,
+)
 from kubernetes_objects import check
 from kvindexer.access.tokens import read_tokens
 from kvindexer.settings import Settings, load_settings
@@ -132,34 +146,46 @@ MATRIX: Final[dict[str, dict[str, Any]]] = {
     "sidecar behind tokens": {**SIDECAR, "auth": {"existingSecret": "tokens"}, "ports": {"http": 8099}},
 }
 
+LINTED: Final = ("as it is", "pools", "certificates among others", "watched", "set", "sidecar with a store")
+"""It looks at templates more than at values, and takes as long as ten renderings."""
+
 every = pytest.mark.parametrize("case", MATRIX)
 
 
 @cache
+def rendered(case: str) -> dict[str, str]:
+    """By template."""
+    return texts(MATRIX[case])
+
+
+@cache
 def release(case: str) -> list[Object]:
-    """Rendered once: nobody changes it."""
-    return objects(MATRIX[case])
+    """Read once: nobody changes it."""
+    return parsed(rendered(case))
 
 
 def fullname(case: str) -> str:
     return str(MATRIX[case].get("fullnameOverride", NAME))
 
 
-def settings_of(found: list[Object], name: str, folder: Path) -> Settings:
-    """What the service would start with; its Secrets lie in the folder."""
-    for path, text in {
-        "store/password": "secret",
-        "tokens/tokens.yaml": "tokens: [{name: a, token: 0123456789abcdef, roles: [query]}]",
-        "store-ca/ca.crt": "",
-        "tls/tls.crt": "",
-        "tls/tls.key": "",
-        "client-ca/ca.crt": "",
-    }.items():
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_text(text)
-    file = folder / "config.yaml"
-    file.write_text(settings_file(found, name).replace(SECRETS, str(folder)))
-    return load_settings(file, {}, {"KVINDEXER_REPLICA": f"{name}-0"})
+@cache
+def settings(case: str) -> Settings:
+    """What the service would start with."""
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        for path, text in {
+            "store/password": "secret",
+            "tokens/tokens.yaml": "tokens: [{name: a, token: 0123456789abcdef, roles: [query]}]",
+            "store-ca/ca.crt": "",
+            "tls/tls.crt": "",
+            "tls/tls.key": "",
+            "client-ca/ca.crt": "",
+        }.items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_text(text)
+        file = folder / "config.yaml"
+        file.write_text(settings_file(release(case), fullname(case)).replace(SECRETS, made))
+        return load_settings(file, {}, {"KVINDEXER_REPLICA": f"{fullname(case)}-0"})
 
 
 @every
@@ -169,7 +195,7 @@ def test_kubernetes_takes_every_object(case: str) -> None:
         check(found)
 
 
-@every
+@pytest.mark.parametrize("case", LINTED)
 def test_lint_has_nothing_to_say(case: str) -> None:
     assert lint(MATRIX[case]) == []
 
@@ -300,37 +326,37 @@ def test_objects_that_pods_name_are_those_of_the_release_or_were_given(case: str
 
 
 @every
-def test_the_service_takes_its_settings(case: str, tmp_path: Path) -> None:
-    settings = settings_of(release(case), fullname(case), tmp_path)
-    assert settings.replica.endswith("-0")
+def test_the_service_takes_its_settings(case: str) -> None:
+    read = settings(case)
+    assert read.replica.endswith("-0")
     sidecar = MATRIX[case].get("mode") == "sidecar"
-    assert is_loopback(settings.host) is sidecar
-    assert not is_loopback(settings.probe_host)
+    assert is_loopback(read.host) is sidecar
+    assert not is_loopback(read.probe_host)
     discovers = MATRIX[case].get("discovery", {}).get("enabled", True)
-    assert settings.discovery == ("kubernetes" if discovers else "none")
+    assert read.discovery == ("kubernetes" if discovers else "none")
     for name, value in MATRIX[case].get("config", {}).items():
         if isinstance(value, str | int | float):
-            assert getattr(settings, name) == value
+            assert getattr(read, name) == value
 
 
 @every
-def test_ports_are_those_that_the_service_listens_on(case: str, tmp_path: Path) -> None:
-    settings = settings_of(release(case), fullname(case), tmp_path)
+def test_ports_are_those_that_the_service_listens_on(case: str) -> None:
+    read = settings(case)
     for _, spec in pod_specs(release(case)):
         for container in spec["containers"]:
             if container["name"] == "kvindexer":
                 ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-                assert ports == {"http": settings.port, "probe": settings.probe_port}
+                assert ports == {"http": read.port, "probe": read.probe_port}
                 for probe, path in (("startup", "/health"), ("liveness", "/health"), ("readiness", "/ready")):
                     assert container[f"{probe}Probe"]["httpGet"] == {"path": path, "port": "probe"}
 
 
 @every
-def test_the_end_is_not_cut_short(case: str, tmp_path: Path) -> None:
+def test_the_end_is_not_cut_short(case: str) -> None:
     """SIGKILL comes after the farewell, the open requests, the closing of connections, and the last writes."""
-    settings = settings_of(release(case), fullname(case), tmp_path)
-    needed_s = settings.drain_s + 2 * settings.shutdown_grace_s
-    needed_s += settings.otlp_timeout_s if settings.otlp_endpoint else 0
+    read = settings(case)
+    needed_s = read.drain_s + 2 * read.shutdown_grace_s
+    needed_s += read.otlp_timeout_s if read.otlp_endpoint else 0
     for _, spec in pod_specs(release(case)):
         if any(container["name"] == "kvindexer" for container in spec["containers"]):
             assert spec["terminationGracePeriodSeconds"] >= needed_s + 5
@@ -338,14 +364,14 @@ def test_the_end_is_not_cut_short(case: str, tmp_path: Path) -> None:
 
 @every
 def test_the_notes_show_the_first_query(case: str) -> None:
-    notes = texts(MATRIX[case])["kvindexer/templates/NOTES.txt"]
+    notes = rendered(case)["kvindexer/templates/NOTES.txt"]
     values = MATRIX[case]
     port = values.get("ports", {}).get("http", 8090)
     scheme = "https" if "tls" in values else "http"
     assert f"{scheme}://127.0.0.1:{port}/v1/match" in notes
     assert ("WARNING" in notes) is (values.get("auth", {}).get("enabled") is False)
     assert "%!" not in notes
-    assert "<no value>" not in "".join(texts(values).values())
+    assert "<no value>" not in "".join(rendered(case).values())
 
 
 def test_a_change_of_settings_rolls_the_pods() -> None:
