@@ -114,6 +114,6 @@ def _shown(name: str, value: object) -> object:
     """Hide secrets and cut what would flood a terminal."""
     field = Settings.model_fields.get(name)
     secret = field is not None and SecretStr in (field.annotation, *get_args(field.annotation))
-    if name == "store":
+    if name in ("store", "otlp_endpoint"):
         return without_password(str(value))
     return HIDDEN if secret else short(value)
