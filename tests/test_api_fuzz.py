@@ -34,7 +34,18 @@ FIELDS = {
     ),
     "/v1/explain": (
         *("prompt", "messages", "model", "tokens", "tokens_b64", "keys", "prompt_tokens", "block_size", "tenant"),
-        *("lora", "cache_salt", "additional_salt", "multimodal", "candidates", "require", "keys_b64", "top_k"),
+        *(
+            "lora",
+            "cache_salt",
+            "additional_salt",
+            "multimodal",
+            "candidates",
+            "require",
+            "keys_b64",
+            "top_k",
+            "order",
+            "weights",
+        ),
     ),
     "/v1/match/batch": (
         *("model", "prompts", "block_size", "tenant", "additional_salt", "candidates", "require", "top_k", "weights"),
@@ -80,7 +91,14 @@ LIKELY: st.SearchStrategy[Any] = st.sampled_from(
         *("m", "pod-a", "", "default", "vLLM", "tcp://127.0.0.1:1", "AAAAAA==", "live", "\x00", "\ud800", "\udc00x"),
         *(0, 1, 4, -1, 2**31, 2**32, 2**63, 2**64 - 1, 2**64, -(2**63), 1.0, True, None),
         *(PROMPT, [], [-1], [2**64], ["live", "sound"], ["pod-a", "x"], ["pod-a", "\udc00"], [{}]),
-        *({"gpu": 0.5}, {"gpu": -1}, {"tape": 1}, "score", ["10.0.0.1:80", "http://[", "pod-a:1", "[::1]:80"]),
+        *(
+            {"gpu": 0.5},
+            {"gpu": -1},
+            {"tape": 1},
+            "score",
+            "expected",
+            ["10.0.0.1:80", "http://[", "pod-a:1", "[::1]:80"],
+        ),
         *([{"tokens": PROMPT}, {}, 7], [{"keys": [1]}, {"keys_b64": "AAAA"}, {"tokens": [-1]}], [[], None, "x"]),
         [{"hash": "x", "offset": 3, "length": 2}],
         [{"role": "user", "content": "the fox"}],
@@ -129,12 +147,12 @@ def test_any_bytes(api: Api, path: str, content: bytes) -> None:
     check(api, path, content)
 
 
-MSGPACK_ROUTES = ("/v1/match", "/v1/match/batch", "/v1/keys")
+MSGPACK_ROUTES = [path for path in FIELDS if path.startswith(("/v1/", "/score_"))]
 AS_MSGPACK = {"content-type": "application/msgpack", "accept": "application/msgpack"}
 
 
 @pytest.mark.parametrize("path", MSGPACK_ROUTES)
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_values_in_any_fields_of_msgpack(api: Api, path: str, data: st.DataObject) -> None:
     body: dict[str, Any] = {"model": "m"}
@@ -147,7 +165,7 @@ def test_any_values_in_any_fields_of_msgpack(api: Api, path: str, data: st.DataO
 
 
 @pytest.mark.parametrize("path", MSGPACK_ROUTES)
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=st.binary(max_size=200))
 def test_any_bytes_as_msgpack(api: Api, path: str, content: bytes) -> None:
     check(api, path, content, **AS_MSGPACK)

@@ -11,13 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgpack  # type: ignore[import-untyped]
 import pytest
 
 from api_server import Api, error, serving, until
 from kvindexer.types import Keyspace
 
 HOT = ("/v1/match", "/v1/match/batch", "/v1/keys", "/query", "/query_by_hash")
-BODIES = (*HOT, "/register", "/unregister")
+NEWER = (
+    *("/v1/explain", "/v1/routed", "/v1/feedback", "/v1/blocks/locate", "/v1/offload/plan"),
+    *("/score_completions", "/score_chat_completions"),
+)
+OLDER = (*HOT, "/register", "/unregister")
+BODIES = (*OLDER, *NEWER)
+PACKED = ("/v1/match", "/v1/match/batch", "/v1/keys", *NEWER)
+"""Routes that take msgpack."""
+AS_MSGPACK = {"content-type": "application/msgpack"}
 LIMIT = 4096
 
 
@@ -129,7 +138,7 @@ def test_a_client_that_goes_away_half_way_harms_nobody(api: Api) -> None:
     assert still_answers(api)
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", [*HOT[:1], *OLDER[-1:], *NEWER[:1]])
 def test_trap_26_a_dripping_body_is_408(path: str) -> None:
     with serving(receive_timeout_s=0.3) as api, connected(api) as raw:
         raw.sendall(head(path, "content-length: 1000000"))
@@ -147,32 +156,31 @@ def test_trap_26_a_dripping_body_is_408(path: str) -> None:
 # JSON
 
 
+MALFORMED: list[tuple[bytes, set[str]]] = [
+    (b"", {"malformed_json"}),
+    (b"{", {"malformed_json"}),
+    (b"[]", {"invalid_request"}),
+    (b"null", {"invalid_request"}),
+    (b'{"model": "\xff"}', {"malformed_json"}),
+    (b"\xff\xfe", {"malformed_json"}),
+    (b'{"x": NaN}', {"malformed_json", "unknown_field"}),
+    (b'{"x": Infinity}', {"malformed_json", "unknown_field"}),
+    (b'{"model": NaN}', {"malformed_json"}),
+    (b'{"model": "\\ud800"}', {"malformed_json"}),
+    (b'{"model": 7}', {"invalid_request"}),
+    (b'{"x":' + b"[" * 1_000_000, {"malformed_json", "unknown_field"}),
+    (b'{"x":' + b'{"x":' * 200_000, {"malformed_json", "unknown_field"}),
+    (b"[" * 1_000_000, {"invalid_request"}),
+]
+
+
 @pytest.mark.parametrize("path", BODIES)
-@pytest.mark.parametrize(
-    ("body", "codes"),
-    [
-        (b"", {"malformed_json"}),
-        (b"{", {"malformed_json"}),
-        (b"[]", {"invalid_request"}),
-        (b"null", {"invalid_request"}),
-        (b'{"model": "\xff"}', {"malformed_json"}),
-        (b"\xff\xfe", {"malformed_json"}),
-        (b'{"x": NaN}', {"malformed_json", "unknown_field"}),
-        (b'{"x": Infinity}', {"malformed_json", "unknown_field"}),
-        (b'{"model": NaN}', {"malformed_json"}),
-        (b'{"model": "\\ud800"}', {"malformed_json"}),
-        (b'{"model": 7}', {"invalid_request"}),
-        (b'{"x":' + b"[" * 1_000_000, {"malformed_json", "unknown_field"}),
-        (b'{"x":' + b'{"x":' * 200_000, {"malformed_json", "unknown_field"}),
-        (b"[" * 1_000_000, {"invalid_request"}),
-    ],
-    ids=lambda value: repr(value)[:24] if isinstance(value, bytes) else "",
-)
-def test_trap_26_what_is_no_usable_json_is_400_or_422(api: Api, path: str, body: bytes, codes: set[str]) -> None:
-    status, code, hint = api.refused(path, body)
-    assert code in codes
-    assert status == (400 if code == "malformed_json" else 422)
-    assert hint
+def test_trap_26_what_is_no_usable_json_is_400_or_422(api: Api, path: str) -> None:
+    for body, codes in MALFORMED:
+        status, code, hint = api.refused(path, body)
+        assert code in codes, body[:24]
+        assert status == (400 if code == "malformed_json" else 422)
+        assert hint
     assert still_answers(api)
 
 
@@ -244,10 +252,140 @@ def test_trap_26_more_tokens_than_the_limit_are_413(api: Api) -> None:
         assert "max_prompt_tokens" in hint
 
 
-@pytest.mark.parametrize("path", HOT)
+@pytest.mark.parametrize("path", [*HOT, *NEWER])
 def test_a_body_full_of_values_is_refused_before_it_is_decoded(api: Api, path: str) -> None:
     body = b'{"x":[' + b"1," * 5_000_000 + b"1]}"
     assert api.refused(path, body)[:2] == (413, "too_large")
+
+
+@pytest.mark.parametrize("path", PACKED)
+def test_a_packed_body_full_of_values_is_refused_before_it_is_decoded(api: Api, path: str) -> None:
+    body = b"\x81\xa1x\xdd" + struct.pack(">I", 5_000_000) + b"\x01" * 5_000_000
+    assert api.refused(path, body, headers=AS_MSGPACK)[:2] == (413, "too_large")
+
+
+# Values
+
+
+DEEP = 1_000_000
+DEEP_FIELDS = ("/v1/match", "/v1/explain", "/v1/keys", "/v1/routed", "/score_chat_completions")
+
+
+@pytest.mark.parametrize("path", DEEP_FIELDS)
+def test_trap_26_a_million_brackets_where_any_depth_is_allowed(api: Api, path: str) -> None:
+    for field in ("messages", "tools"):
+        body = f'{{"model":"m","{field}":'.encode() + b'[{"x":' * DEEP + b"1" + b"}]" * DEEP + b"}"
+        assert api.refused(path, body)[:2] == (400, "malformed_json")
+        name = bytes([0xA0 + len(field)]) + field.encode()
+        packed = b"\x82\xa5model\xa1m" + name + b"\x91\x81\xa1x" * 100_000 + b"\x01"
+        assert api.refused(path, packed, headers=AS_MSGPACK)[:2] == (400, "malformed_msgpack")
+    assert still_answers(api)
+
+
+ABOUT_NUMBERS = [
+    ("/v1/routed", {"model": "m", "instance": "pod-a", "keys": [1], "block_size": ...}),
+    ("/v1/routed", {"model": "m", "instance": "pod-a", "keys": [1], "prompt_tokens": ...}),
+    ("/v1/feedback", {"instance": "pod-a", "predicted_tokens": ..., "cached_tokens": 1}),
+    ("/v1/feedback", {"instance": "pod-a", "predicted_tokens": 1, "cached_tokens": 1, "rank": ...}),
+    ("/v1/blocks/locate", {"model": "m", "keys": [1], "block_size": ...}),
+    ("/v1/offload/plan", {"instance": "pod-a", "tier": "gpu", "hashes": [1], "rank": ...}),
+    ("/v1/explain", {"model": "m", "tokens": [1], "top_k": ...}),
+    ("/v1/match/batch", {"model": "m", "prompts": [], "top_k": ...}),
+]
+
+
+NO_NUMBERS = ("1" + "0" * 5000, "-1e400", "1e400", str(2**64), "-1", "1.5", "true", '"1"', "[]")
+
+
+@pytest.mark.parametrize(("path", "body"), ABOUT_NUMBERS)
+def test_trap_26_numbers_that_are_none_of_the_field_are_refused(api: Api, path: str, body: dict[str, Any]) -> None:
+    text = json.dumps(_with(body, 4))
+    assert api.client.post(path, content=text).status_code in (200, 404)
+    for number in NO_NUMBERS:
+        code = api.refused(path, text.replace(": 4", f": {number}").encode())[:2]
+        assert code in ((422, "invalid_request"), (400, "malformed_json"))
+        assert code[0] == 422 or "e400" in number
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/routed", {"model": "m", "instance": "pod-a", "tokens": [1], "ttl_s": ...}),
+        ("/v1/offload/plan", {"instance": "pod-a", "tier": "gpu", "hashes": [1], "hot_from": ...}),
+        ("/v1/match", {"model": "m", "tokens": [1], "weights": {"gpu": ...}}),
+        ("/v1/explain", {"model": "m", "tokens": [1], "weights": {"disk": ...}}),
+        ("/v1/feedback", {"instance": "pod-a", "predicted_tokens": ..., "cached_tokens": 1}),
+        ("/v1/blocks/locate", {"model": "m", "keys": [...]}),
+    ],
+)
+def test_trap_26_msgpack_has_numbers_that_are_none(api: Api, path: str, body: dict[str, Any]) -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        packed = msgpack.packb(_with(body, value))
+        assert api.refused(path, packed, headers=AS_MSGPACK)[:2] == (422, "invalid_request")
+
+
+def _with(value: Any, number: Any) -> Any:
+    if value is ...:
+        return number
+    if isinstance(value, dict):
+        return {name: _with(inner, number) for name, inner in value.items()}
+    return [_with(inner, number) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("path", NEWER)
+def test_trap_26_of_duplicate_keys_the_last_one_counts_everywhere(api: Api, path: str) -> None:
+    name = "instance" if path in ("/v1/feedback", "/v1/offload/plan") else "model"
+    body = f'{{"{name}": "m", "{name}": [1]}}'.encode()
+    assert api.refused(path, body)[:2] == (422, "invalid_request")
+    twice = bytes([0xA0 + len(name)]) + name.encode()
+    packed = b"\x82" + twice + b"\xa1m" + twice + b"\x91\x01"
+    assert api.refused(path, packed, headers=AS_MSGPACK)[:2] == (422, "invalid_request")
+
+
+@pytest.mark.parametrize("path", NEWER)
+def test_trap_26_a_packed_body_that_is_none_is_400_or_422(api: Api, path: str) -> None:
+    for body in (b"", b"\xc1", b"\x93\x01", b"\x81\xa5model", b"\xdf\xff\xff\xff\xff", b"\x91" * 500_000):
+        assert api.refused(path, body, headers=AS_MSGPACK)[0] in (400, 422)
+    assert still_answers(api)
+
+
+LONG = "x" * 2000
+WRONG_PARAMETERS = [
+    *[
+        (f"/v1/heat/{what}", name)
+        for what in ("prefixes", "single", "prewarm")
+        for name in ("model", "tenant", "additional_salt")
+    ],
+    *[("/v1/changes", name) for name in ("model", "tenant", "additional_salt", "since")],
+    *[("/v1/sources", name) for name in ("model", "tenant", "instance")],
+    *[("/v1/tiers", name) for name in ("model", "tenant")],
+    *[("/workers", name) for name in ("model_name", "routing_group", "tenant_id")],
+]
+
+
+def test_trap_26_parameters_that_are_too_long_are_422_and_not_sent_back(api: Api) -> None:
+    for path, name in WRONG_PARAMETERS:
+        response = api.client.get(path, params={"model": "m", "instance": "pod-a", name: LONG})
+        assert error(response)[0] == 422, (path, name)
+        assert LONG not in response.text
+
+
+NO_TOPS = ("", "x", "1.5", "1e2", "-1", "9" * 5000, "NaN", "%00", "1&top=0", "101")
+
+
+@pytest.mark.parametrize("what", ["prefixes", "single", "prewarm"])
+def test_trap_26_parameters_of_a_wrong_type_are_422(api: Api, what: str) -> None:
+    for top in NO_TOPS:
+        response = api.client.get(f"/v1/heat/{what}?model=m&instance=pod-a&top={top}")
+        assert error(response)[:2] == (422, "invalid_request"), top
+
+
+def test_bytes_in_parameters_that_are_no_text_harm_nobody(api: Api) -> None:
+    for path in ("/v1/heat/prefixes", "/v1/changes", "/v1/sources", "/v1/tiers", "/workers"):
+        for given in ("%ff%fe", "%00", "%ed%a0%80", "%", "%zz"):
+            response = api.client.get(f"{path}?model={given}&tenant={given}&model_name={given}")
+            assert response.status_code in (200, 404, 422), path
+    assert still_answers(api)
 
 
 def test_trap_26_a_hundred_thousand_candidates_are_413(api: Api) -> None:

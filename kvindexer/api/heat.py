@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from kvindexer.api.lookup import KnownModels, keyspaces, tenant_named
 from kvindexer.api.openapi import answer_body
-from kvindexer.api.schemas import MAX_NAME
+from kvindexer.api.parameters import ChosenName, GivenName
 from kvindexer.index.seam import Holding, Index
 from kvindexer.tiering.heat import PREFIX_ENDS, HeatCounts, HotBlock
 from kvindexer.types import Keyspace
@@ -96,9 +96,6 @@ class PrewarmAnswer(msgspec.Struct):
 
 ANSWERS: Final = (PrefixesAnswer, SingleAnswer, PrewarmAnswer)
 
-ModelName = Annotated[str, Query(min_length=1, max_length=MAX_NAME)]
-TenantName = Annotated[str | None, Query(max_length=MAX_NAME)]
-SaltName = Annotated[str | None, Query(max_length=MAX_NAME)]
 Top = Annotated[int, Query(ge=1, le=MAX_TOP)]
 
 
@@ -187,7 +184,7 @@ def routes(views: HeatViews) -> APIRouter:
 
     @router.get("/v1/heat/prefixes", summary="Top shared prefixes", responses=answer_body(PrefixesAnswer))
     async def prefixes(
-        model: ModelName, tenant: TenantName = None, additional_salt: SaltName = None, top: Top = 10
+        model: GivenName, tenant: ChosenName = None, additional_salt: ChosenName = None, top: Top = 10
     ) -> Response:
         spaces = views.spaces(tenant, model, additional_salt)
         rows = await views.prefixes(spaces, top)
@@ -195,17 +192,17 @@ def routes(views: HeatViews) -> APIRouter:
 
     @router.get("/v1/heat/single", summary="Hot blocks with a single copy", responses=answer_body(SingleAnswer))
     async def single(
-        model: ModelName, tenant: TenantName = None, additional_salt: SaltName = None, top: Top = 10
+        model: GivenName, tenant: ChosenName = None, additional_salt: ChosenName = None, top: Top = 10
     ) -> Response:
         spaces = views.spaces(tenant, model, additional_salt)
         return _answer(SingleAnswer(model, await views.single(spaces, top)))
 
     @router.get("/v1/heat/prewarm", summary="What a new pod should load", responses=answer_body(PrewarmAnswer))
     async def prewarm(
-        model: ModelName,
-        instance: ModelName,
-        tenant: TenantName = None,
-        additional_salt: SaltName = None,
+        model: GivenName,
+        instance: GivenName,
+        tenant: ChosenName = None,
+        additional_salt: ChosenName = None,
         top: Top = 10,
     ) -> Response:
         spaces = views.spaces(tenant, model, additional_salt)

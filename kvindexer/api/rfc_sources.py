@@ -18,6 +18,7 @@ from kvindexer.api.decoding import reader
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.lookup import tenant_named
 from kvindexer.api.openapi import answer_body, request_body
+from kvindexer.api.parameters import ChosenName
 from kvindexer.api.registration import Registration, Unregistration, source_of, type_named
 from kvindexer.api.rfc_schemas import one_of
 from kvindexer.errors import ConflictError, RequestError
@@ -120,7 +121,7 @@ def routes(fleet: Fleet, endpoints: Mapping[str, Sequence[str]] | None = None) -
 
     @router.get("/workers", summary="Registered instances", responses=answer_body(list[Worker]))
     async def workers(
-        model_name: str | None = None, routing_group: str | None = None, tenant_id: str | None = None
+        model_name: ChosenName = None, routing_group: ChosenName = None, tenant_id: ChosenName = None
     ) -> Response:
         tenant = tenant_of(routing_group or tenant_id)
         listed = [

@@ -17,6 +17,7 @@ from kvindexer.api.discovered import DiscoveryState, discovery_state
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.openapi import answer_body
+from kvindexer.api.parameters import ChosenName
 from kvindexer.api.sizes import BlockSizes
 from kvindexer.index.seam import Index
 
@@ -107,7 +108,7 @@ def routes(fleet: Fleet, metrics: Metrics, index: Index) -> APIRouter:
     router = APIRouter(tags=["Operation"])
 
     @router.get("/v1/sources", summary="State of all sources", responses=answer_body(SourcesAnswer))
-    async def sources(tenant: str | None = None, model: str | None = None, instance: str | None = None) -> Response:
+    async def sources(tenant: ChosenName = None, model: ChosenName = None, instance: ChosenName = None) -> Response:
         tenant = tenant_of(tenant)
         reports = fleet.reports()
         sizes = BlockSizes(index)

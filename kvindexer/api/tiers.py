@@ -16,6 +16,7 @@ from fastapi.responses import Response
 from kvindexer.api.fleet import Fleet, SourceReport
 from kvindexer.api.lookup import tenant_named
 from kvindexer.api.openapi import answer_body
+from kvindexer.api.parameters import ChosenName
 from kvindexer.index.topology import is_store
 from kvindexer.types import TIERS, Tier
 
@@ -77,7 +78,7 @@ def routes(fleet: Fleet) -> APIRouter:
     router = APIRouter(tags=["Offload"])
 
     @router.get("/v1/tiers", summary="Blocks and bytes by tier", responses=answer_body(TiersAnswer))
-    async def tiers(tenant: str | None = None, model: str | None = None) -> Response:
+    async def tiers(tenant: ChosenName = None, model: ChosenName = None) -> Response:
         tenant = tenant_named(tenant)
         owners: dict[tuple[str, bool, str], list[SourceReport]] = {}
         for report in fleet.reports():
