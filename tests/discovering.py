@@ -37,19 +37,17 @@ def free_port() -> int:
 
 def finding(
     scenario: Callable[[LiveFleet], Awaitable[None]],
-    api: KubeApi | Path,
+    api: KubeApi | None,
     folder: Path,
     **settings: Any,
 ) -> None:
-    """Run a scenario against a fleet with a finder of its own; `api` may be a kubeconfig instead."""
-    kubeconfig = api if isinstance(api, Path) else api.kubeconfig(folder)
+    """Run a scenario against a fleet with a finder of its own; without `api`, `folder` is a service account."""
+    kubeconfig = "" if api is None else str(api.kubeconfig(folder))
 
     async def run() -> None:
         values = {"discovery_retry_max_s": 0.4, "discovery_timeout_s": 5.0, "sync_deadline_s": 600.0}
-        chosen = Settings(
-            discovery="kubernetes", discovery_kubeconfig=str(kubeconfig), **{**QUICK, **values, **settings}
-        )
-        finder = KubernetesFinder(chosen, open_cluster(chosen))
+        chosen = Settings(discovery="kubernetes", discovery_kubeconfig=kubeconfig, **{**QUICK, **values, **settings})
+        finder = KubernetesFinder(chosen, open_cluster(chosen, folder))
         fleet = LiveFleet(
             chosen,
             lambda least_trusted: PyIndex(None, chosen.media, least_trusted),
