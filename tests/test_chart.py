@@ -415,6 +415,23 @@ def test_the_scaler_alone_says_how_many() -> None:
         assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 6)
 
 
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        ({}, {"maxUnavailable": 1}),
+        ({"maxUnavailable": 2}, {"maxUnavailable": 2}),
+        ({"maxUnavailable": "25%"}, {"maxUnavailable": "25%"}),
+        ({"minAvailable": 3}, {"minAvailable": 3}),
+        ({"minAvailable": "50%"}, {"minAvailable": "50%"}),
+    ],
+)
+def test_drains_of_nodes_wait_and_end(budget: dict[str, Any], expected: dict[str, Any]) -> None:
+    """By one bound; pods that are not ready hold up nobody."""
+    spec = one(objects({"replicas": 4, "podDisruptionBudget": budget}), "PodDisruptionBudget")["spec"]
+    spec.pop("selector")
+    assert spec == {**expected, "unhealthyPodEvictionPolicy": "AlwaysAllow"}
+
+
 def test_a_set_gives_names_that_stay() -> None:
     found = objects({"mode": "statefulset"})
     spec = one(found, "StatefulSet")["spec"]
