@@ -9,7 +9,7 @@ A piece is some fields of an object, encoded, without what makes them an object:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -25,23 +25,33 @@ _LIST: Final = b"\xdd"
 
 
 class Joiner:
-    """Joins pieces to objects of so many fields, in one form."""
+    """Joins pieces to a list of objects of so many fields, in one form.
+
+    Pieces carry what stands between them: the first one of an object by `first`, every other one but the second by
+    `further`.  So a whole list is joined at once, and its bytes are copied once.
+    """
 
     def __init__(self, form: Form, fields: int) -> None:
         self._is_json = form is JSON
-        before, self.between, after = (b"{", b",", b"}") if self._is_json else (_MAP + fields.to_bytes(2), b"", b"")
-        self._before, self._after = before, after
-        self._next = after + self.between + before
+        self._before, self._between = (b"},{", b",") if self._is_json else (_MAP + fields.to_bytes(2), b"")
 
-    def objects(self, objects: Sequence[bytes]) -> msgspec.Raw:
-        """A list of objects; each is its pieces, joined by `between`."""
-        head, tail = (b"[", b"]") if self._is_json else (_LIST + len(objects).to_bytes(4), b"")
-        if not objects:
-            return msgspec.Raw(head + tail)
-        *rest, last = objects
-        rest.append(last + self._after + tail)
-        rest[0] = head + self._before + rest[0]
-        return msgspec.Raw(self._next.join(rest))  # the long part is copied once
+    def first(self, fields: bytes) -> bytes:
+        """The piece that begins an object, behind another object and before the next piece."""
+        return self._before + fields + self._between
+
+    def further(self, fields: bytes) -> bytes:
+        """A piece that stands behind others."""
+        return self._between + fields
+
+    def objects(self, pieces: list[bytes], count: int) -> msgspec.Raw:
+        """So many objects; the pieces of one behind those of the other."""
+        if not self._is_json:
+            return msgspec.Raw(b"".join((_LIST + count.to_bytes(4), *pieces)))
+        if not pieces:
+            return msgspec.Raw(b"[]")
+        pieces[0] = b"[" + pieces[0][2:]  # no object stands before it
+        pieces.append(b"}]")
+        return msgspec.Raw(b"".join(pieces))
 
 
 def piece(form: Form, fields: msgspec.Struct) -> bytes:

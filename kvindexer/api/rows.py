@@ -135,8 +135,6 @@ class _Shape(NamedTuple):
     """What decides over the order, lower is better."""
     encoded: bytes
     matched: int
-    alone: bytes
-    """Encoded with what is to come soon, if nothing is."""
 
 
 _Entry = tuple[tuple[float, float, float], str, _Shape, int, HolderMatch]
@@ -147,6 +145,14 @@ _Around = tuple[InstanceStatus | None, bytes, bytes]
 """A status, and what stands before and behind the figures of an instance that has it."""
 
 _NOBODY: Final[_Around] = (None, b"", b"")
+
+
+class _Layout(NamedTuple):
+    """Which fields rows have, and what was encoded for that."""
+
+    joiner: Joiner
+    around: dict[str | tuple[str, str], _Around]
+    """By instance, and how it is spelled if it is."""
 
 
 class RowMaker:
@@ -160,12 +166,10 @@ class RowMaker:
         self._fleet = fleet
         self._form = form
         self._weights = weights
-        self._shapes: dict[tuple[object, ...], _Shape] = {}
-        self._around: dict[str | tuple[str, str], _Around] = {}
-        """By instance, and how it is spelled if it is."""
+        self._shapes: dict[int | tuple[object, ...], _Shape] = {}
         self._soon: dict[int, bytes] = {}
-        self._joiners = {
-            (spelled, by_rank, routed): Joiner(form, fields_of((who, _Figures, _Trust, *rank, *soon)))
+        self._layouts = {
+            (spelled, by_rank, routed): _Layout(Joiner(form, fields_of((who, _Figures, _Trust, *rank, *soon))), {})
             for spelled, who in ((False, _Who), (True, _Spelled))
             for by_rank, rank in ((False, ()), (True, (_ByRank,)))
             for routed, soon in ((False, ()), (True, (_Soon,)))
@@ -201,27 +205,25 @@ class RowMaker:
                 if required is None or required.met_by(status_of(instance))
             ]
         details = _by_rank(found, ranking.weights) if ranking.by_rank else None
-        joiner = self._joiners[listed is not None, ranking.by_rank, ahead is not None]
-        join, spelled = joiner.between.join, None if listed is None else listed.spelled
-        around, reaching = self._around, self._soon
+        layout = self._layouts[listed is not None, ranking.by_rank, ahead is not None]
+        joiner, around = layout
+        spelled = None if listed is None else listed.spelled
         shown = entries[: ranking.most]
         statuses = self._fleet.each_status([entry[1] for entry in shown])
-        rows = []
+        pieces: list[bytes] = []
         for (_, instance, shape, _, _), status in zip(shown, statuses, strict=True):
             known, name, trust = around.get(instance if spelled is None else (instance, spelled[instance]), _NOBODY)
             if known is not status:
-                name, trust = self._surround(instance, spelled, status)
-            pieces: tuple[bytes, ...]
+                name, trust = self._surround(instance, spelled, status, layout)
             if ahead is None:
-                pieces = (name, shape.encoded, trust)
-            elif (soon := ahead.get(instance)) is None or soon.tokens <= shape.matched:
-                pieces = (name, shape.alone, trust)
+                pieces += (name, shape.encoded, trust)
             else:
-                pieces = (name, shape.encoded, reaching.get(soon.tokens) or self._reaching(soon.tokens), trust)
+                soon = ahead.get(instance)
+                tokens = shape.matched if soon is None or soon.tokens < shape.matched else soon.tokens
+                pieces += (name, shape.encoded, self._soon.get(tokens) or self._reaching(tokens, joiner), trust)
             if details is not None:
-                pieces += (piece(self._form, _ByRank(details.get(instance, {}))),)
-            rows.append(join(pieces))
-        return Rows(joiner.objects(rows), longest)
+                pieces.append(joiner.further(piece(self._form, _ByRank(details.get(instance, {})))))
+        return Rows(joiner.objects(pieces, len(shown)), longest)
 
     def _with_coming(
         self, entries: list[_Entry], ahead: Mapping[str, Ahead], holding: Collection[str], ranking: Ranking
@@ -247,12 +249,18 @@ class RowMaker:
         for keyspace, matches in found:
             size = keyspace.block_size
             for match in matches:
-                if not match.usable:
+                usable = match.usable
+                if not usable:
                     continue
-                key = (size, match.rank, match.usable, match.cached, match.alone, match.cumulative)
+                key: int | tuple[object, ...]
+                if match.alone == (usable, 0, 0, 0) and match.held == usable:
+                    # only a GPU holds anything, as nearly always: few numbers say it all, and are found much faster
+                    key = size << 96 | match.rank << 64 | usable << 32 | match.cached
+                else:
+                    key = (size, match.rank, usable, match.cached, match.alone, match.cumulative)
                 shape = shapes.get(key)
                 if shape is None:
-                    shape = self._shape(size, match, weights, {str(match.rank): match.usable * size})
+                    shape = self._shape(size, match, weights, {str(match.rank): usable * size})
                     shapes[key] = shape
                 order = shape.by_score if by_score else shape.by_cached
                 entries.append((order, match.instance, shape, size, match))
@@ -280,8 +288,7 @@ class RowMaker:
         worth = score(match.cumulative, match.usable, weights) * size
         figures = _Figures(size, matched, cached, worth, _tiers(size, match.alone, match.cumulative), ranks)
         encoded = piece(self._form, figures)
-        alone = self._joiners[False, False, True].between.join((encoded, self._reaching(matched)))
-        return _Shape((-cached, -matched, -worth), (-worth, -cached, -matched), encoded, matched, alone)
+        return _Shape((-cached, -matched, -worth), (-worth, -cached, -matched), encoded, matched)
 
     def _without_match(self, size: int) -> _Shape:
         key = (size,)
@@ -291,28 +298,29 @@ class RowMaker:
         return shape
 
     def _surround(
-        self, instance: str, spelled: Mapping[str, str] | None, status: InstanceStatus
+        self, instance: str, spelled: Mapping[str, str] | None, status: InstanceStatus, layout: _Layout
     ) -> tuple[bytes, bytes]:
         """Encode what stands around the figures of an instance, and keep it for as long as its status is the same."""
-        if len(self._around) >= MAX_REMEMBERED:
-            self._around.clear()
-        trust = piece(self._form, _Trust(*status))
+        joiner, around = layout
+        if len(around) >= MAX_REMEMBERED:
+            around.clear()
+        trust = joiner.further(piece(self._form, _Trust(*status)))
         if spelled is None:
-            name = piece(self._form, _Who(instance))
-            self._around[instance] = (status, name, trust)
+            name = joiner.first(piece(self._form, _Who(instance)))
+            around[instance] = (status, name, trust)
         else:
             named = _Spelled(instance, spelled[instance])
-            name = piece(self._form, named)
-            self._around[instance, named.candidate] = (status, name, trust)
+            name = joiner.first(piece(self._form, named))
+            around[instance, named.candidate] = (status, name, trust)
         return name, trust
 
-    def _reaching(self, tokens: int) -> bytes:
+    def _reaching(self, tokens: int, joiner: Joiner) -> bytes:
         """Encode how much an instance will hold, and keep it."""
         encoded = self._soon.get(tokens)
         if encoded is None:
             if len(self._soon) >= MAX_REMEMBERED:
                 self._soon.clear()
-            encoded = self._soon[tokens] = piece(self._form, _Soon(tokens))
+            encoded = self._soon[tokens] = joiner.further(piece(self._form, _Soon(tokens)))
         return encoded
 
 
