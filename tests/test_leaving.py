@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import pytest
 
+from kvindexer.testing import FakeEngine, FaultProxy, LinkFaults
 from served import HOST, Served
+from servers import Server
 
 DRAIN_S = 1.5
 
@@ -101,3 +104,34 @@ def test_who_follows_the_changes_is_told_and_holds_nobody_up(service: Served, nu
         assert stream.read().endswith(b'event: end\ndata: {"code":"leaving"}\n\n')
     assert service.wait() == 0
     assert time.monotonic() - began < DRAIN_S + 2
+
+
+def test_the_end_is_bounded_whoever_does_not_let_go(tmp_path: Path) -> None:
+    """A client that sends half a request, a Redis that doesn't answer any more, an engine that never answers."""
+    grace_s = 1.0
+    with ExitStack() as stack:
+        redis = stack.enter_context(Server())
+        proxy = stack.enter_context(FaultProxy(HOST, redis.port))
+        engine = stack.enter_context(FakeEngine())
+        mute = stack.enter_context(socket.create_server((HOST, 0)))
+        service = Served(
+            tmp_path,
+            "held",
+            *("--set", f"drain_s={DRAIN_S}", "--set", f"shutdown_grace_s={grace_s}"),
+            *("--set", "store_timeout_s=60", "--set", "receive_timeout_s=60", "--set", "sync_deadline_s=1"),
+            *("--store", f"redis://{HOST}:{proxy.port}"),
+            *("--source", f"instance=a,model=m,block_size=16,endpoint={engine.endpoint}"),
+            *("--source", f"instance=b,model=m,block_size=16,endpoint=http://{HOST}:{mute.getsockname()[1]}"),
+        )
+        service.start()
+        stack.callback(service.close)
+        stack.callback(mute.accept()[0].close)  # the service waits for its list
+        engine.wait_for_subscribers()
+        half = stack.enter_context(socket.create_connection((HOST, service.port)))
+        half.sendall(b"POST /v1/match HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+        proxy.faults = LinkFaults(stall=True)
+        engine.run_request(list(range(64)))  # something to write
+        began = time.monotonic()
+        service.tell(signal.SIGTERM)
+        assert service.wait() == 0
+        assert DRAIN_S <= time.monotonic() - began < DRAIN_S + 2 * grace_s + 1.2

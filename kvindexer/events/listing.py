@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Final
 
+import httpx
 import msgspec
 
 from kvindexer.errors import RequestError
@@ -33,6 +35,9 @@ REFRESH_S: Final = 15.0
 _TIMEOUT_S: Final = 5.0
 _MAX_BYTES: Final = 1 << 20
 _MAX_RANKS: Final = 1024
+_OK: Final = 200
+_NONE: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For engines that are asked in clear."""
 _WILDCARDS: Final = ("*", "0.0.0.0", "[::]", "::")  # noqa: S104 - read from answers, not bound
 
 
@@ -43,16 +48,6 @@ class _Publisher(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(dict[str, _Publisher]).decode
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """An engine answers itself or not at all."""
-
-    def redirect_request(self, *_: object) -> None:
-        return None
-
-
-_open = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({})).open
 
 
 def is_listing(endpoint: str) -> bool:
@@ -88,13 +83,33 @@ def _at_host(endpoint: str, host: str) -> str:
     return f"{scheme}://{shown}:{port}" if name in _WILDCARDS else endpoint
 
 
-def _fetch(url: str) -> bytes:
-    """One GET, bounded in time and size.  Raises OSError or ValueError."""
-    with _open(url.rstrip("/") + PATH, timeout=_TIMEOUT_S) as answer:
-        body: bytes = answer.read(_MAX_BYTES + 1)
-    if len(body) > _MAX_BYTES:
-        raise ValueError(f"more than {_MAX_BYTES} bytes")
-    return body
+async def _fetch(url: str) -> bytes:
+    """One GET, bounded in time and size, that ends at once when it is cancelled.  Raises OSError or ValueError."""
+    certificates = _certificates() if url.startswith("https://") else _NONE
+    try:
+        async with (
+            asyncio.timeout(_TIMEOUT_S),
+            httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False, verify=certificates) as client,
+            client.stream("GET", url.rstrip("/") + PATH) as answer,
+        ):
+            if answer.status_code != _OK:
+                raise ValueError(f"HTTP status {answer.status_code}")
+            body = bytearray()
+            async for piece in answer.aiter_bytes():
+                body += piece
+                if len(body) > _MAX_BYTES:
+                    raise ValueError(f"more than {_MAX_BYTES} bytes")
+            return bytes(body)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise OSError(str(error) or type(error).__name__) from None
+    except TimeoutError:
+        raise OSError(f"no answer within {_TIMEOUT_S:g} s") from None
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Those of the operating system; reading them takes a while."""
+    return ssl.create_default_context()
 
 
 class Listing:
@@ -114,7 +129,7 @@ class Listing:
     async def _keep(self) -> None:
         while True:
             try:
-                self._adopt(publishers(self.spec, await asyncio.to_thread(_fetch, self.spec.endpoint)))
+                self._adopt(publishers(self.spec, await _fetch(self.spec.endpoint)))
                 pause_s = REFRESH_S if self.sources else RETRY_S
             except (OSError, ValueError, RequestError) as error:
                 self._say(f"{self.spec.endpoint}{PATH}: {error}")
