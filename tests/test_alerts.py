@@ -24,6 +24,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from api_server import NO_CERTIFICATES, serving
+from kube_api import KubeApi, pod
 from kvindexer.api.fleet import InstanceStatus
 from kvindexer.testing import FakeEngine, Faults
 from promql import Scrape, evaluate, references, scrape_of
@@ -208,6 +209,7 @@ def test_engines_that_report_less_than_was_predicted(service: Watched, engine: F
     watch.sees("KvIndexerAccuracyLow", "KvIndexerSourceDoubted")
 
 
+@pytest.mark.proof
 def test_followers_that_take_nothing(tmp_path: Path, engine: FakeEngine) -> None:
     with Watched(tmp_path, changes_heartbeat_s="0.1") as service:
         watch = followed(service, engine)
@@ -238,6 +240,7 @@ def _unread(port: int) -> socket.socket:
     return client
 
 
+@pytest.mark.proof
 def test_a_slow_tokenizer_too_many_requests_a_full_index_and_a_start_that_waits(
     tmp_path: Path, engine: FakeEngine
 ) -> None:
@@ -281,6 +284,18 @@ def _asked(url: str) -> int:
         return client.post(f"{url}/v1/match", json={"model": "m", "prompt": f"the fox {uuid4()}"}).status_code
 
 
+@pytest.mark.proof
+def test_an_api_server_that_is_away_and_a_pod_that_contradicts_itself(tmp_path: Path) -> None:
+    with KubeApi() as api:
+        settings = {"discovery": "kubernetes", "discovery_kubeconfig": str(api.kubeconfig(tmp_path))}
+        with Watched(tmp_path, discovery_timeout_s="1", **settings) as service:
+            watch = Watch(service.client)
+            api.put("pods", pod("odd", "127.77.9.1", annotations={"kvindexer.io/event-port": "none of them"}))
+            watch.sees("KvIndexerDiscoveryProblem")
+            api.down()
+            watch.sees("KvIndexerDiscoveryBlind")
+
+
 def test_a_reload_of_a_file_that_cannot_be_used(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("log_level: info\n")
@@ -316,6 +331,7 @@ def test_a_service_that_is_not_there() -> None:
     assert [name for name, rule in ALERTS.items() if evaluate(rule["expr"], history)] == ["KvIndexerAbsent"]
 
 
+@pytest.mark.proof
 def test_a_store_that_dies_and_one_that_is_tampered_with(
     tmp_path: Path, own_redis_server: Server, engine: FakeEngine
 ) -> None:

@@ -207,6 +207,7 @@ def test_a_query_its_text_and_the_store_are_traced_and_no_secret_is_in_any_span(
         assert mark not in collector.text, mark
 
 
+@pytest.mark.proof
 def test_at_ratio_0_only_what_callers_sample_is_traced(tmp_path: Path, engine: FakeEngine) -> None:
     with collecting() as collector, Watched(tmp_path, **traced(collector, otlp_sample_ratio="0")) as service:
         asked = followed(service, engine)
@@ -238,7 +239,9 @@ def test_at_ratio_1_callers_may_leave_theirs_out_and_the_line_of_a_request_names
 # A collector in trouble
 
 
-@pytest.mark.parametrize("trouble", ["refuses", "hangs", pytest.param("is away", marks=pytest.mark.proof)])
+@pytest.mark.parametrize(
+    "trouble", ["refuses", *(pytest.param(trouble, marks=pytest.mark.proof) for trouble in ("hangs", "is away"))]
+)
 def test_queries_go_on_whatever_the_collector_does_and_the_end_does_not_wait_for_it(
     tmp_path: Path, engine: FakeEngine, trouble: str
 ) -> None:
