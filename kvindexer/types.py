@@ -100,5 +100,7 @@ class SourceSpec:
     """Further names that callers may give the instance: an address, a URL, the name of its pod."""
     block_bytes: int | None = None
     """Bytes of one block of `block_size` tokens, all layers together; None: not known."""
+    curve_server_key: str | None = None
+    """CURVE public key of the publisher, 40 characters of Z85; None: its events come in clear text."""
     life: str = ""
     """Which life of the publisher this is, if whoever names the source can tell; nothing of another one counts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import trustme
 from cryptography import x509
@@ -54,9 +54,7 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
         authority = x509.load_pem_x509_certificate(self._authority.cert_pem.bytes())
-        signer = cast(
-            "ec.EllipticCurvePrivateKey", load_pem_private_key(self._authority.private_key_pem.bytes(), None)
-        )
+        signer = load_pem_private_key(self._authority.private_key_pem.bytes(), None)
         issued = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([]))
@@ -66,7 +64,7 @@ class Authority:
             .not_valid_before(now - timedelta(hours=1))
             .not_valid_after(now + timedelta(hours=1))
             .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=True)
-            .sign(cast("ec.EllipticCurvePrivateKey", signer), SHA256())
+            .sign(signer, SHA256())  # type: ignore[arg-type]  # trustme makes none that can't sign
         )
         made = Certificate(self._folder / f"{file}.pem", self._folder / f"{file}.key")
         made.cert.write_bytes(issued.public_bytes(Encoding.PEM))

@@ -43,7 +43,7 @@ class Kept(Generic[T]):
         self.problem: Trouble | None = None
         self.value = read()
         for path in secret:
-            _warn_if_open(name, path)
+            warn_if_open(name, path)
 
     def look(self) -> None:
         """Read them again if they have changed, or were not well."""
@@ -82,7 +82,7 @@ def _signature(path: Path) -> tuple[int, ...]:
     return known.st_dev, known.st_ino, known.st_mtime_ns, known.st_size
 
 
-def _warn_if_open(name: str, path: Path) -> None:
+def warn_if_open(name: str, path: Path) -> None:
     """Others on this machine have no business with our secrets; a group that may read them is Kubernetes' way."""
     try:
         mode = path.stat().st_mode

@@ -57,6 +57,7 @@ class Registration(msgspec.Struct, kw_only=True):
         tuple[Name, ...], Meta(max_length=64, description="Further names of the instance, for `candidates`.")
     ] = _DEFAULT.aliases
     block_bytes: Annotated[int, Meta(ge=1, le=2**40, description="Bytes of a block, for /v1/tiers.")] | None = None
+    curve_server_key: Annotated[Text, Meta(description="CURVE public key of the publisher, in Z85.")] | None = None
 
 
 class Unregistration(msgspec.Struct, kw_only=True):
@@ -101,6 +102,7 @@ def source_of(body: Registration) -> SourceSpec:
         durable_tiers=body.durable_tiers,
         aliases=body.aliases,
         block_bytes=body.block_bytes,
+        curve_server_key=body.curve_server_key or None,
     )
     try:
         check_source(spec, "source")

@@ -83,6 +83,9 @@ class BoundEndpoint:
 class BoundSource:
     """One publisher of a bound endpoint."""
 
+    refusal = ""
+    """Nobody who dials in is refused."""
+
     def __init__(self, bound: BoundEndpoint, name: tuple[bytes, int], follower: Follower) -> None:
         self.follower = follower
         self._bound = bound

@@ -6,6 +6,7 @@ a disconnect is never taken for one that came before.
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Final
 
@@ -17,9 +18,23 @@ from kvindexer.events.follower import Follower
 from kvindexer.events.pump import is_readable
 from kvindexer.events.sockets import Wiring, seq_and_payload, subscription_socket
 
+_log = logging.getLogger(__name__)
+
 REDIAL_AFTER_S: Final = 1.0
+_REFUSALS: Final[dict[int, str]] = {
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "CURVE: it has another key than curve_server_key, or does not let us in",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one side speaks CURVE and the other does not: is curve_server_key set?",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "CURVE: it does not let us in: does it know our public key?",
+}
+"""Handshakes that failed; without CURVE on either side there is nothing to refuse."""
 _MONITORED: Final = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_CONNECT_DELAYED
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_CONNECT_DELAYED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 
 
@@ -30,11 +45,15 @@ class DialledSource:
         self.follower = follower
         self._wiring = wiring
         self._endpoint = endpoint
+        self._curve = wiring.curve.expects(endpoint)
         self._down_at: float | None = None
+        self.refusal = ""
+        """Why there is no connection, if that is known."""
         self._socket = subscription_socket(wiring.context, wiring.settings)
         self._monitor = self._socket.get_monitor_socket(_MONITORED)
         self._socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
         try:
+            wiring.curve.secure(self._socket, endpoint)
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
             self._close_sockets()
@@ -69,16 +88,28 @@ class DialledSource:
     def _read_monitor(self) -> None:
         follower = self.follower
         while is_readable(self._monitor):
-            event = parse_monitor_message(self._monitor.recv_multipart(flags=zmq.NOBLOCK))["event"]
-            now = time.monotonic()
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            message = parse_monitor_message(self._monitor.recv_multipart(flags=zmq.NOBLOCK))
+            event, now = message["event"], time.monotonic()
+            if event in _REFUSALS:
+                self._refused(event, message["value"])
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._down_at = None
+                self.refusal = ""
                 follower.act(follower.stream.connected(now))
             elif event == zmq.EVENT_DISCONNECTED:
                 self._down_at = now
                 follower.disconnected(now)
             else:
                 self._down_at = None  # libzmq is dialling again by itself
+
+    def _refused(self, event: int, value: int) -> None:
+        """Peers that break off for other reasons fail alike: only what CURVE explains is told."""
+        if not (self._curve or value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH):
+            return
+        refusal = _REFUSALS[event]
+        if refusal != self.refusal:
+            _log.warning("source %s: %s", self.follower.source, refusal)
+        self.refusal = refusal
 
     def tick(self, now: float) -> None:
         """Time has passed."""

@@ -19,6 +19,7 @@ from secrets import token_hex
 from typing import Protocol
 
 from kvindexer.errors import ConflictError, KvIndexerError, WireError
+from kvindexer.events.curve import open_curve
 from kvindexer.events.finding import Finder, FindingFigures, Nowhere
 from kvindexer.events.keeping import Keeper, Nobody, StoreFigures, StoreProblem
 from kvindexer.events.listing import Listing, is_listing
@@ -140,6 +141,7 @@ class LiveFleet:
                 slice_s=settings.slice_ms / 1000,
             ),
             self,
+            open_curve(settings.curve_secret_key_file),
         )
         self._started_at = time.monotonic()
         try:
@@ -503,6 +505,9 @@ class LiveFleet:
         backlog_s = self._subscriber.backlog_s(known.source, now) if self._subscriber is not None else 0.0
         return max(known.stream.lag_s(now), backlog_s)
 
+    def _refusal(self, source: str) -> str:
+        return self._subscriber.refusal(source) if self._subscriber is not None else ""
+
     def reports(self) -> list[SourceReport]:
         """Everything worth knowing of each source."""
         now = time.monotonic()
@@ -515,7 +520,7 @@ class LiveFleet:
             spec=known.spec,
             source=known.source,
             state=stream.state.value,
-            why="entries were dropped at a bound" if stats.truncated else stream.why,
+            why=self._refusal(known.source) or ("entries were dropped at a bound" if stats.truncated else stream.why),
             sound=stream.sound,
             complete=stream.complete and not stats.truncated,
             epoch=stream.epoch,

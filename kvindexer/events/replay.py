@@ -19,6 +19,7 @@ from typing import Final, Protocol
 
 import zmq
 
+from kvindexer.events.curve import Curve
 from kvindexer.events.pump import Pumps, is_readable
 
 END: Final = b"\xff" * 8
@@ -108,7 +109,15 @@ class Dealers:
     A probe on an open connection costs half of one that dials.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], *, max_message_bytes: int, max_kept: int) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        *,
+        max_message_bytes: int,
+        max_kept: int,
+        curve: Curve | None = None,
+    ) -> None:
+        self._curve = curve or Curve()
         self._context = context
         self._max_message_bytes = max_message_bytes
         self._max_kept = max_kept
@@ -130,6 +139,7 @@ class Dealers:
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.MAXMSGSIZE, self._max_message_bytes)
+        self._curve.secure(socket, endpoint)
         socket.connect(endpoint)
         return socket
 
@@ -170,8 +180,9 @@ class Replays:
         max_message_bytes: int,
         max_kept: int,
         timeout_s: float,
+        curve: Curve | None = None,
     ) -> None:
-        self.dealers = Dealers(context, max_message_bytes=max_message_bytes, max_kept=max_kept)
+        self.dealers = Dealers(context, max_message_bytes=max_message_bytes, max_kept=max_kept, curve=curve)
         self.max_bytes = max_bytes
         self.pumps = pumps
         self._max_concurrent = max_concurrent

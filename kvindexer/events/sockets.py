@@ -7,6 +7,7 @@ from typing import Final
 
 import zmq
 
+from kvindexer.events.curve import Curve
 from kvindexer.events.follower import Sink
 from kvindexer.events.pump import Pumps
 
@@ -43,6 +44,7 @@ class Wiring:
     settings: SubscriberSettings
     pumps: Pumps
     sink: Sink
+    curve: Curve
 
 
 def subscription_socket(context: zmq.Context[zmq.Socket[bytes]], settings: SubscriberSettings) -> zmq.Socket[bytes]:

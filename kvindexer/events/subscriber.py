@@ -15,7 +15,9 @@ from typing import Final
 
 import zmq
 
+from kvindexer.errors import RequestError
 from kvindexer.events.bound import BoundEndpoint, BoundSource
+from kvindexer.events.curve import Curve
 from kvindexer.events.dialled import DialledSource
 from kvindexer.events.follower import Follower, Sink
 from kvindexer.events.pump import Pumps
@@ -37,11 +39,12 @@ _SPARE_SOCKETS: Final = 64
 class Subscriber:
     """All subscriptions of the process, on the running event loop."""
 
-    def __init__(self, settings: SubscriberSettings, sink: Sink) -> None:
+    def __init__(self, settings: SubscriberSettings, sink: Sink, curve: Curve | None = None) -> None:
+        curve = curve or Curve()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         sockets = _SOCKETS_A_SOURCE * settings.max_sources + settings.max_concurrent_replays + _SPARE_SOCKETS
         context.set(zmq.MAX_SOCKETS, sockets)
-        self._wiring = Wiring(context, settings, Pumps(asyncio.get_running_loop(), settings.slice_s), sink)
+        self._wiring = Wiring(context, settings, Pumps(asyncio.get_running_loop(), settings.slice_s), sink, curve)
         self._replays = Replays(
             context,
             self._wiring.pumps,
@@ -50,7 +53,10 @@ class Subscriber:
             max_message_bytes=settings.max_message_bytes,
             max_kept=resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _KEPT_SHARE,
             timeout_s=settings.replay_timeout_s,
+            curve=curve,
         )
+        self._secured: dict[str, tuple[str, ...]] = {}
+        """By source: its endpoints that have a key."""
         self._bound: dict[str, BoundEndpoint] = {}
         self._sources: dict[str, DialledSource | BoundSource] = {}
         self._ticker = asyncio.create_task(self._tick(), name="kvindexer-tick")
@@ -63,17 +69,44 @@ class Subscriber:
         """Follow a source.  Raises RequestError if its endpoint can't be dialled at all."""
         follower = Follower(source, spec.replay, stream, self._wiring.sink, self._replays)
         bound = self._bound.get(spec.endpoint)
-        self._sources[source] = (
-            DialledSource(self._wiring, spec.endpoint, spec.topic, follower)
-            if bound is None
-            else bound.add(spec.topic, spec.rank, follower)
-        )
+        if spec.curve_server_key is not None:
+            self._expect(source, spec, spec.curve_server_key, dialled=bound is None)
+        try:
+            self._sources[source] = (
+                DialledSource(self._wiring, spec.endpoint, spec.topic, follower)
+                if bound is None
+                else bound.add(spec.topic, spec.rank, follower)
+            )
+        except RequestError:
+            self._unexpect(source)
+            raise
+
+    def _expect(self, source: str, spec: SourceSpec, server_key: str, *, dialled: bool) -> None:
+        if not dialled:
+            raise RequestError(
+                "curve_not_there",
+                f"publishers that dial in to {spec.endpoint} prove nothing by a key",
+                "leave curve_server_key away, or have the engine bind and dial it from here",
+            )
+        self._secured[source] = tuple(endpoint for endpoint in (spec.endpoint, spec.replay) if endpoint)
+        for endpoint in self._secured[source]:
+            self._wiring.curve.expect(endpoint, server_key)
 
     def remove(self, source: str) -> None:
         """Hang up on a source; its late frames are never seen."""
         known = self._sources.pop(source, None)
         if known is not None:
             known.close()
+        self._unexpect(source)
+
+    def _unexpect(self, source: str) -> None:
+        for endpoint in self._secured.pop(source, ()):
+            self._wiring.curve.forget(endpoint)
+
+    def refusal(self, source: str) -> str:
+        """Why a source can't be connected to, if CURVE says so."""
+        known = self._sources.get(source)
+        return "" if known is None else known.refusal
 
     @property
     def busy(self) -> bool:

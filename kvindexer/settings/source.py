@@ -6,6 +6,7 @@ accepted too, so that a registration body can be pasted into a file.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import TypeAdapter, ValidationError
@@ -35,6 +36,8 @@ SHOWN_CHARACTERS: Final = 200
 
 MAX_ALIAS: Final = 1024
 """Longest alias of an instance."""
+
+_CURVE_KEY: Final = re.compile(r"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
 
 _FIELDS: Final = tuple(SourceSpec.__dataclass_fields__)
 _LISTS: Final = frozenset({"readers", "durable_tiers", "aliases"})
@@ -97,6 +100,12 @@ def check_source(spec: SourceSpec, key: str) -> None:
         ),
         ("speculative_blocks", spec.speculative_blocks, spec.speculative_blocks >= 0, "0 or more"),
         *((name, url, url is None or _is_url(url), "a ZMQ address as tcp://host:port") for name, url in ports),
+        (
+            "curve_server_key",
+            spec.curve_server_key,
+            spec.curve_server_key is None or _CURVE_KEY.fullmatch(spec.curve_server_key) is not None,
+            "the publisher's public CURVE key, 40 characters of Z85",
+        ),
         ("tier", spec.tier, spec.tier is None or spec.tier in TIER_NAMES, f"one of {', '.join(TIER_NAMES)}"),
         (
             "durable_tiers",

@@ -47,7 +47,7 @@ class FakeEngine:
 
     `endpoint` and `replay_endpoint` are bound; port 0 lets the system choose. With `connect` the publisher dials
     `endpoint` instead. `replay_hwm` is the replay socket's high-water mark: 0 is none, vLLM below 0.33 has 1000 and
-    silently drops what a slow reader leaves behind that.
+    silently drops what a slow reader leaves behind that. `curve_secret_key` makes both sockets speak CURVE.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class FakeEngine:
         buffer_steps: int = 10_000,
         replay_hwm: int = 0,
         connect: bool = False,
+        curve_secret_key: bytes | None = None,
         faults: Faults | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -82,6 +83,7 @@ class FakeEngine:
             replay_has_topic=self.dialect.traits.replay_has_topic,
             replay_hwm=replay_hwm,
             connect=connect,
+            curve_secret_key=curve_secret_key,
         )
         if faults is not None:
             self.faults = faults

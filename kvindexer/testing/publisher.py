@@ -44,6 +44,7 @@ class Publisher:
 
     Bound on construction (port 0 lets the system choose; `endpoint` and `replay_endpoint` then tell). With
     `connect` the publishing socket dials a subscriber that binds, as vLLM does for endpoints without a wildcard.
+    With `curve_secret_key` both sockets speak CURVE, to everybody who knows the public key.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Publisher:
         replay_has_topic: bool = True,
         replay_hwm: int = 0,
         connect: bool = False,
+        curve_secret_key: bytes | None = None,
     ) -> None:
+        self._curve_secret_key = curve_secret_key
         self.endpoint = endpoint
         self.replay_endpoint = replay_endpoint
         self.faults = Faults()
@@ -145,6 +148,7 @@ class Publisher:
         self._pub = self._context.socket(zmq.XPUB)
         self._pub.sndhwm = PUB_HWM
         self._pub.setsockopt(zmq.XPUB_VERBOSER, 1)
+        self._secure(self._pub)
         if self._connect:
             self._pub.connect(self.endpoint)
         else:
@@ -152,7 +156,13 @@ class Publisher:
         if self.replay_endpoint is not None:
             self._replay = self._context.socket(zmq.ROUTER)
             self._replay.sndhwm = self._replay_hwm
+            self._secure(self._replay)
             self.replay_endpoint = _bind(self._replay, self.replay_endpoint)
+
+    def _secure(self, socket: zmq.Socket[bytes]) -> None:
+        if self._curve_secret_key is not None:
+            socket.setsockopt(zmq.CURVE_SERVER, 1)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, self._curve_secret_key)
 
     def _close(self, linger_ms: int) -> None:
         for socket in (self._pub, self._replay):
