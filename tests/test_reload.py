@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from kvindexer.commands.client import call
+from kvindexer.commands.client import OPEN, WayIn, call
+from kvindexer.commands.failure import CommandError
 from kvindexer.events.configured import difference
 from kvindexer.testing import FakeEngine
 from kvindexer.types import SourceSpec
@@ -39,6 +40,7 @@ class Configured:
     def __init__(self, folder: Path) -> None:
         self.file = folder / "kvindexer.yaml"
         self.settings: dict[str, Any] = {"drain_s": 0, "probe_interval_s": 0.3, "sources": []}
+        self.way = OPEN
         self.service = Served(folder, "reloading", "--config", str(self.file))
 
     def write(self, **changes: Any) -> None:
@@ -61,7 +63,7 @@ class Configured:
         return re.findall(rf"((?:INFO|WARNING|ERROR) \S+ (?:{LINE}|{REFUSED}).*)\n", self.service.log)
 
     def sources(self) -> dict[str, dict[str, Any]]:
-        return {source["source"]: source for source in call(self.service.url, "/v1/sources")["sources"]}
+        return {source["source"]: source for source in call(self.service.url, "/v1/sources", way=self.way)["sources"]}
 
     def live(self, *engines: FakeEngine) -> bool:
         found = self.sources()
@@ -227,6 +229,43 @@ def test_the_log_level_changes_and_what_needs_a_restart_is_named_without_its_val
     assert "log level info" in configured.reload(log_level="info")
     configured.register("b", 2)
     assert "source registered source=tcp://127.0.0.1:2 " in configured.service.log
+
+
+def test_tokens_are_read_again_and_a_broken_file_of_them_changes_nothing(
+    configured: Configured, tmp_path: Path
+) -> None:
+    """Neither the tokens nor the sources that were to change with them."""
+    file = tmp_path / "tokens.yaml"
+    file.touch(0o600)
+    file.write_text(tokens_of("first"))
+    configured.write(auth_tokens_file=str(file))
+    configured.service.start()
+    configured.way = WayIn(token_of("first"))
+    assert configured.sources() == {}
+    file.write_text(tokens_of("second"))
+    assert configured.reload().endswith("sources: 0 added, 0 removed, 0 changed")
+    with pytest.raises(CommandError, match="unauthenticated"):
+        configured.sources()
+    configured.way = WayIn(token_of("second"))
+    assert configured.sources() == {}
+    file.write_text("tokens: [")
+    source = {"instance": "a", "model": "m", "block_size": 4, "endpoint": "tcp://127.0.0.1:9"}
+    line = configured.reload(sources=[source])
+    assert REFUSED in line
+    assert "auth_tokens_file" in line
+    assert configured.sources() == {}
+    file.write_text(tokens_of("second"))
+    assert "1 added" in configured.reload()
+    assert set(configured.sources()) == {"tcp://127.0.0.1:9"}
+    assert token_of("first") not in configured.service.log
+
+
+def token_of(name: str) -> str:
+    return f"{name}-0123456789abcdef"
+
+
+def tokens_of(name: str) -> str:
+    return yaml.safe_dump({"tokens": [{"name": name, "token": token_of(name), "roles": ["admin"]}]})
 
 
 def test_no_query_fails_while_sources_come_and_go(configured: Configured) -> None:
