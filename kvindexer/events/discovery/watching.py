@@ -110,9 +110,7 @@ class Watched(Generic[Object]):
         if event.kind in {"ADDED", "MODIFIED"}:
             self.objects[metadata.name] = event.object
         elif event.kind == "DELETED":
-            known = self.objects.get(metadata.name)
-            if known is not None and known.metadata.uid == metadata.uid:
-                del self.objects[metadata.name]
+            self.objects.pop(metadata.name, None)
         elif event.kind != "BOOKMARK":
             raise ClusterError("unreadable", f"a watch event of the type {event.kind[:20]!r}")
         self._version = metadata.resourceVersion or self._version
