@@ -7,23 +7,20 @@ missed.  The store is asked only if that is wanted; engines and the Kubernetes A
 from __future__ import annotations
 
 import resource
-import ssl
-from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
-from kvindexer.access.guard import open_guard
+from kvindexer.access.guard import Guard, open_guard
+from kvindexer.access.transport import open_transport
 from kvindexer.errors import RequestError, SettingsError, StoreError
 from kvindexer.events.configured import rehearse
-from kvindexer.service import open_texts, wanted_descriptors
+from kvindexer.events.curve import open_curve
+from kvindexer.service import open_finder, open_texts, open_tracing, wanted_descriptors
 from kvindexer.settings import Settings
 from kvindexer.store.connect import open_client
 from kvindexer.store.layout import Names
 from kvindexer.store.server import ShardServer
-
-EXTRAS: Final = {"kubernetes": "kubernetes", "otel": "opentelemetry"}
-"""A package that comes with an extra, by the extra's name."""
+from kvindexer.watching.tracing import Tracing
 
 
 class Problem(NamedTuple):
@@ -41,7 +38,7 @@ def refused(error: SettingsError) -> Problem:
 
 async def problems(settings: Settings, *, connect: bool) -> list[Problem]:
     """Everything that was found; `connect`: the store is asked, too."""
-    found = [*_sources(settings), *_doors(settings), *_tls(settings), *_extras(settings), *_descriptors(settings)]
+    found = [*_sources(settings), *await _openings(settings), *_descriptors(settings)]
     found += await _tokenizers(settings)
     if settings.store.kind != "memory":
         found += await _store(settings, connect=connect)
@@ -66,51 +63,28 @@ async def _tokenizers(settings: Settings) -> list[Problem]:
     return found
 
 
-def _doors(settings: Settings) -> Iterator[Problem]:
-    try:
-        open_guard(settings)
-    except SettingsError as error:
-        yield refused(error)
-
-
-def _tls(settings: Settings) -> Iterator[Problem]:
-    """Our own certificate and key, and the authorities of clients."""
-    certificate, key, authorities = settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    if certificate is not None and key is not None:
+async def _openings(settings: Settings) -> list[Problem]:
+    """What a service opens at its start, in the functions that it does so with, each by itself."""
+    found = []
+    openings: tuple[Callable[[], object], ...] = (
+        lambda: open_guard(settings),
+        lambda: open_transport(settings),
+        lambda: open_curve(settings.curve_secret_key_file),
+        lambda: open_finder(settings),
+        lambda: open_tracing(settings),
+    )
+    for opening in openings:
         try:
-            context.load_cert_chain(certificate, key, password=lambda: "")
-        except (OSError, ValueError) as error:
-            yield Problem("fail", "tls_cert_file", f"{certificate} and {key} can't be used: {_why(error)}")
-    if authorities is not None:
-        try:
-            context.load_verify_locations(authorities)
-        except (OSError, ValueError) as error:
-            yield Problem("fail", "tls_client_ca_file", f"{authorities} can't be used: {_why(error)}")
-
-
-def _why(error: Exception) -> str:
-    match error:
-        case ssl.SSLError(reason="KEY_VALUES_MISMATCH"):
-            return "the key is not that of the certificate"
-        case ssl.SSLError():
-            return f"no PEM file, or one with a password ({error.reason or 'unreadable'})"
-        case OSError(strerror=str(reason)):
-            return reason
-    return "no PEM file"
-
-
-def _extras(settings: Settings) -> Iterator[Problem]:
-    wanted = {
-        "discovery": ("kubernetes", settings.discovery == "kubernetes"),
-        "otlp_endpoint": ("otel", bool(settings.otlp_endpoint)),
-    }
-    for setting, (extra, needed) in wanted.items():
-        if needed and find_spec(EXTRAS[extra]) is None:
-            yield Problem("fail", setting, f"needs packages that are not installed: pip install 'kvindexer[{extra}]'")
-    kubeconfig = settings.discovery_kubeconfig
-    if settings.discovery == "kubernetes" and kubeconfig and not Path(kubeconfig).is_file():
-        yield Problem("fail", "discovery_kubeconfig", f"{kubeconfig} is no file")
+            opened = opening()
+        except SettingsError as error:
+            found.append(refused(error))
+        else:
+            if isinstance(opened, Guard):
+                await opened.close()
+            if isinstance(opened, Tracing):
+                async with opened.running():
+                    pass
+    return found
 
 
 def _descriptors(settings: Settings) -> Iterator[Problem]:
@@ -124,7 +98,7 @@ async def _store(settings: Settings, *, connect: bool) -> list[Problem]:
     try:
         client = open_client(settings)
     except (SettingsError, OSError, ValueError) as error:
-        return [Problem("fail", "store", f"{settings.store} can't be used: {_why(error)}")]
+        return [Problem("fail", "store", f"{settings.store} can't be used: {error}")]
     server = ShardServer(client, Names(settings.store_namespace), settings.store_timeout_s)
     try:
         if not connect:
