@@ -370,6 +370,7 @@ def test_the_notes_show_the_first_query(case: str) -> None:
     scheme = "https" if "tls" in values else "http"
     assert f"{scheme}://127.0.0.1:{port}/v1/match" in notes
     assert ("WARNING" in notes) is (values.get("auth", {}).get("enabled") is False)
+    assert ("$TOKEN" in notes) is ("TOKEN=" in notes)
     assert "%!" not in notes
     assert "<no value>" not in "".join(rendered(case).values())
 

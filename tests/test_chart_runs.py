@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import pytest
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -20,7 +22,7 @@ from redis.exceptions import AuthenticationError, BusyLoadingError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
-from charts import RELEASE, Object, objects, one
+from charts import RELEASE, Object, objects, one, settings_file
 from kvindexer.testing.redis_server import guard, server_binary
 from served import Served
 
@@ -28,7 +30,6 @@ PATIENCE_S: Final = 20.0
 NAME: Final = f"{RELEASE}-kvindexer"
 PASSWORD: Final = "".join(map(chr, range(0x21, 0x7F)))
 """Every character that can be seen: quotes, backslashes, dollars and backticks among them."""
-TOKEN: Final = "0123456789abcdef-query"
 
 
 def valkey_scripts(folder: Path, values: dict[str, Any] | None = None) -> Path:
@@ -124,12 +125,30 @@ def test_readiness_of_the_small_valkey_is_its_answer(tmp_path: Path, answer: str
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A service that wants tokens."""
+def release() -> list[Object]:
+    """As the chart comes, but for discovery, which needs a cluster."""
+    return objects({"discovery": {"enabled": False}})
+
+
+@pytest.fixture(scope="module")
+def tokens(release: list[Object]) -> dict[str, str]:
+    """By role, and the file of all."""
+    made: dict[str, str] = one(release, "Secret")["stringData"]
+    return made
+
+
+@pytest.fixture(scope="module")
+def service(
+    release: list[Object], tokens: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """The pod's service with the release's settings and Secret, at ports of this machine."""
     folder = tmp_path_factory.mktemp("served")
-    tokens = folder / "tokens.yaml"
-    tokens.write_text(f"tokens: [{{name: query, token: {TOKEN}, roles: [query]}}]\n")
-    served = Served(folder, "a", "--set", f"auth_tokens_file={tokens}")
+    (folder / "tokens").mkdir()
+    (folder / "tokens" / "tokens.yaml").write_text(tokens["tokens.yaml"])
+    config = folder / "config.yaml"
+    config.write_text(settings_file(release, NAME).replace("/run/secrets/kvindexer", str(folder)))
+    here = [word for name in ("probe_host=127.0.0.1", "probe_port=0") for word in ("--set", name)]
+    served = Served(folder, "a", "--config", str(config), "--host", "127.0.0.1", *here)
     served.start()
     try:
         yield served
@@ -137,11 +156,41 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         served.close()
 
 
+def probe_url(served: Served) -> str:
+    """Of the port that kubelet and Prometheus ask, as the service says."""
+    found = re.search(r"probes on (http://127\.0\.0\.1:\d+)", served.log)
+    assert found
+    return found[1]
+
+
+def status(url: str, token: str = "") -> int:
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    return httpx.get(url, headers=headers, timeout=PATIENCE_S).status_code
+
+
+def test_the_service_of_a_release_is_closed_but_for_its_probes(service: Served, tokens: dict[str, str]) -> None:
+    """The pod's probes are answered without a token, at their port; all else wants one of those that were made."""
+    (container,) = one(objects(), "Deployment")["spec"]["template"]["spec"]["containers"]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert status(probe_url(service) + container[probe]["httpGet"]["path"]) == 200
+    assert status(probe_url(service) + "/metrics") == 200
+    assert status(probe_url(service) + "/v1/sources") == 404
+    assert status(f"{service.url}/v1/sources") == 401
+    assert status(f"{service.url}/metrics") == 401
+    for role in ("query", "register", "admin"):
+        assert status(f"{service.url}/v1/sources", tokens[role]) == 200
+    for role in ("query", "register", "admin"):
+        headers = {"authorization": f"Bearer {tokens[role]}"}
+        answer = httpx.post(f"{service.url}/register", json={}, headers=headers, timeout=PATIENCE_S)
+        assert answer.status_code == (403 if role == "query" else 422), role  # nothing to register was named
+
+
 def run_hook(container: Object, served: Served, token: Path) -> subprocess.CompletedProcess[str]:
     """A container of the test's pod, against the service."""
 
     def here(text: str) -> str:
-        text = text.replace(f"http://{NAME}-headless:9090", served.url).replace(f"http://{NAME}:8090", served.url)
+        text = text.replace(f"http://{NAME}-headless:9090", probe_url(served))
+        text = text.replace(f"http://{NAME}:8090", served.url)
         return text.replace("/run/secrets/kvindexer/token/token", str(token))
 
     variables = {each["name"]: here(each["value"]) for each in container.get("env", ())}
@@ -162,10 +211,11 @@ def hook(values: dict[str, Any]) -> Object:
     return spec
 
 
-@pytest.mark.parametrize(("token", "code"), [(TOKEN, 0), ("0123456789abcdef-wrong", 1)])
+@pytest.mark.parametrize(("right", "code"), [(True, 0), (False, 1)])
 def test_the_test_of_a_release_passes_with_its_token_alone(
-    service: Served, tmp_path: Path, token: str, code: int
+    service: Served, tokens: dict[str, str], tmp_path: Path, *, right: bool, code: int
 ) -> None:
+    token = tokens["query"] if right else "0123456789abcdef-wrong"
     file = tmp_path / "token"
     file.write_text(token)
     spec = hook({})
