@@ -42,7 +42,8 @@ class SettingsError(KvIndexerError):
         self.key = key
         self.value = without_user(value) if isinstance(value, str) else value
         self.expected = expected
-        super().__init__(f"setting {key}: {self.value!r} is not usable, expected {expected}")
+        shown = key if key.isprintable() else ascii(key)[1:-1]  # names in maps are the operator's
+        super().__init__(f"setting {shown}: {self.value!r} is not usable, expected {expected}")
 
 
 class WireError(KvIndexerError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
@@ -42,11 +42,17 @@ class _Base(Methods, Generic[H]):
         timeout_s: float = TIMEOUT_S,
         retry: bool = True,
         headers: Mapping[str, str] | None = None,
+        token: str | Callable[[], str] | None = None,
         verify: ssl.SSLContext | None = None,
         max_connections: int = MAX_CONNECTIONS,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        """`url` is http(s)://host:port; `retry` allows a second try, as `client.exchange` says when."""
+        """`url` is http(s)://host:port; `retry` allows a second try, as `client.exchange` says when.
+
+        `token` says who is asking, a function that is called for each request if it is one: tokens of Kubernetes
+        change.  `verify` is whom to believe over TLS, and may hold a certificate of the client's own.
+        """
+        self._token = token
         self._timeout_s = timeout_s
         self._tries = TRIES if retry else 1
         self._max_answer_bytes = max_answer_bytes
@@ -85,6 +91,8 @@ class _Base(Methods, Generic[H]):
         headers = {"accept": call.form, **call.headers}
         if call.body is not None:
             headers["content-type"] = call.form
+        if self._token is not None:
+            headers["authorization"] = f"Bearer {self._token() if callable(self._token) else self._token}"
         left_s = max(left_s, 0.001)
         timeout = httpx.Timeout(left_s, connect=min(CONNECT_S, left_s))
         return {

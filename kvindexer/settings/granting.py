@@ -22,7 +22,7 @@ def grants_of(value: object, key: str) -> dict[str, Grant]:
     if not isinstance(value, Mapping):
         raise SettingsError(key, short(value), "a map of names, each with its roles")
     for name in value:
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
             raise SettingsError(key, short(name), "names as keys, in quotes if they look like numbers")
     return {name: grant_of(grant, f"{key}.{name}") for name, grant in value.items()}
 

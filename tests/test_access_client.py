@@ -1,0 +1,82 @@
+"""The Python client and the commands at a closed door: with a token, over TLS, with a certificate of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from authority import Authority
+from kvindexer.cli import main
+from kvindexer.client import AsyncClient, Client, RefusedError, Tokens
+from listening import HOST, Listening, listening
+
+TOKEN = "a-token-of-the-test-0123456789"
+PROMPT = Tokens(list(range(8)))
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Any:
+    """The settings of a service that speaks TLS and asks for a token or a certificate, and its authority."""
+    authority = Authority(tmp_path)
+    own = authority.issue("server", HOST)
+    tokens = tmp_path / "tokens.yaml"
+    tokens.write_text(yaml.safe_dump({"tokens": [{"name": "x", "token": TOKEN, "roles": ["query"]}]}))
+    tokens.chmod(0o600)
+    settings = {
+        "tls_cert_file": str(own.cert),
+        "tls_key_file": str(own.key),
+        "tls_client_ca_file": str(authority.file),
+        "auth_tokens_file": str(tokens),
+        "auth_certificates": {"scheduler.llm.svc": ["query"]},
+    }
+    return settings, authority
+
+
+def prompts(there: Listening) -> str:
+    there.api.store(there.api.add("a-pod"), range(8))
+    return f"https://{HOST}:{there.port}"
+
+
+def test_the_client_says_who_it_is(closed: Any) -> None:
+    """By a token, by one that changes, or by its certificate; a 401 is an error that says so."""
+    settings, authority = closed
+    with listening(**settings) as there:
+        url, trust = prompts(there), authority.trusted()
+        with Client(url, token=TOKEN, verify=trust) as client:
+            assert client.match("m", PROMPT).matches[0].instance == "a-pod"
+        own = authority.trusted(authority.issue("client", "scheduler.llm.svc"))
+        with Client(url, verify=own) as client:
+            assert client.match("m", PROMPT).matches
+        turns = iter(["expired", TOKEN])
+        with Client(url, token=lambda: next(turns), verify=trust) as client:
+            with pytest.raises(RefusedError) as caught:
+                client.match("m", PROMPT)
+            assert (caught.value.status, caught.value.code) == (401, "unauthenticated")
+            assert TOKEN not in str(caught.value)
+            assert client.match("m", PROMPT).matches
+
+        async def scenario() -> None:
+            async with AsyncClient(url, token=TOKEN, verify=trust) as client:
+                assert (await client.match("m", PROMPT)).matches
+
+        asyncio.run(scenario())
+
+
+def test_the_commands_say_who_they_are(closed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, authority = closed
+    token, prompt = tmp_path / "token", tmp_path / "prompt.json"
+    token.write_text(TOKEN + "\n")
+    prompt.write_text(json.dumps(list(range(8))))
+    with listening(**settings) as there:
+        ask = ["query", str(prompt), "--url", prompts(there), "--model", "m", "--ca-file", str(authority.file)]
+        assert main([*ask, "--json", "--token-file", str(token)]) == 0
+        assert json.loads(capsys.readouterr().out)["matches"][0]["instance"] == "a-pod"
+        assert main(ask) == 1
+        assert "unauthenticated" in capsys.readouterr().err
+        own = authority.issue("client", "scheduler.llm.svc")
+        assert main([*ask, "--cert-file", str(own.cert), "--key-file", str(own.key)]) == 0
