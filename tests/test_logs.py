@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+import re
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 import pytest
 
+from kvindexer.events.states import State
 from kvindexer.settings import Settings
 from kvindexer.testing import FakeEngine
 from kvindexer.watching.logs import FIXED, JsonLines, TextLines, loop_fault, tell
@@ -302,6 +305,41 @@ def _marked_traffic(service: Watched, engine: FakeEngine) -> None:
     engine.run_request(MARKED_TOKENS, salt=MARKED_SALT)
     eventually("the new life is seen", lambda: service.value("kvindexer_entries_withdrawn_total") > 0)
     eventually("the blocks are found again", lambda: service.post("/v1/match", asked)["matches"] != [])
+
+
+def test_the_line_of_a_request_names_its_caller_and_not_its_token(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.yaml"
+    tokens.write_text(json.dumps({"tokens": [{"name": "router-7", "token": MARKED_BEARER, "roles": ["query"]}]}))
+    tokens.chmod(0o600)
+    with Watched(tmp_path, auth_tokens_file=str(tokens), log_requests="all", log_format="json") as service:
+        headers = {"authorization": f"Bearer {MARKED_BEARER}"}
+        assert service.client.get("/v1/sources", headers=headers).status_code == 200
+        assert service.client.get("/v1/sources", headers={"authorization": "Bearer zanzibar"}).status_code == 401
+
+        def shown() -> list[tuple[int, str]]:
+            records = [json.loads(line) for line in service.process.log.splitlines()]
+            return [(it["status"], it["caller"]) for it in records if it.get("route") == "/v1/sources"]
+
+        eventually("both have a line", lambda: shown() == [(200, "router-7"), (401, "anonymous")])
+        assert not any(mark in service.process.log for mark in MARKS)
+
+
+def test_the_page_lists_every_unit_of_work_with_its_fields() -> None:
+    """What is told in the code is in the table of docs/observability.md, and the other way round."""
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "observability.md").read_text().split("## Logs")[1].split("## ")[0]
+    documented: dict[str, set[str]] = {}
+    for events, fields_of in re.findall(r"^\| (`.+?) \| .+? \| (`.+) \|$", page, re.MULTILINE):
+        documented |= {event: set(re.findall(r"`(\w+)`", fields_of)) for event in re.findall(r"`([^`]+)`", events)}
+    told: dict[str, set[str]] = {}
+    for path in (root / "kvindexer").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tell":
+                event = ast.unparse(call.args[2])
+                states = [f"source {state.value}" for state in State]
+                names = states if event.startswith("f'source {") else [ast.literal_eval(event)]
+                told |= {name: {keyword.arg or "" for keyword in call.keywords} for name in names}
+    assert documented == told
 
 
 def test_the_life_of_a_source_is_told_line_by_line(tmp_path: Path) -> None:
