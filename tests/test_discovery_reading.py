@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kube_api import old_pool, pod, pool, restarted
 from kvindexer.errors import SettingsError
-from kvindexer.events.discovery.plan import Chosen, Plan, make_plan
+from kvindexer.events.discovery.plan import Chosen, Plan, Planner
 from kvindexer.events.discovery.pods import Pod, read_pool
 from kvindexer.events.discovery.reading import Answer, Ask, Follow, Idle, Reading, Refused, read_pod
 from kvindexer.events.discovery.selectors import Requirement, parse_selector
@@ -28,6 +28,10 @@ def read(found: dict[str, Any], answer: Answer | None = None, **settings: Any) -
 
 def as_pod(found: dict[str, Any]) -> Pod:
     return msgspec.json.decode(msgspec.json.encode(found), type=Pod)
+
+
+def plan_of(chosen: list[Chosen], **settings: Any) -> Plan:
+    return Planner(Settings(discovery="kubernetes", **settings)).plan(chosen, {})
 
 
 def one(reading: Reading) -> Any:
@@ -137,10 +141,10 @@ def test_several_http_ports_are_several_instances_as_the_endpoint_picker_counts_
 
 def test_the_ports_of_a_pool_are_its_pods_http_ports_unless_they_say_otherwise() -> None:
     found = pod("a", "10.0.0.7", annotations=NAMED, ports={"kv-events": 5556})
-    plan = make_plan([Chosen([as_pod(found)]), Chosen([as_pod(found)], (9000,))], RULES, {})
+    plan = plan_of([Chosen([as_pod(found)]), Chosen([as_pod(found)], (9000,))])
     assert [spec.instance for spec in plan.wanted.values()] == ["10.0.0.7:9000"]
     found["metadata"]["annotations"]["kvindexer.io/http-port"] = "7000"
-    plan = make_plan([Chosen([as_pod(found)], (9000,))], RULES, {})
+    plan = plan_of([Chosen([as_pod(found)], (9000,))])
     assert [spec.instance for spec in plan.wanted.values()] == ["10.0.0.7:7000"]
 
 
@@ -198,6 +202,7 @@ def test_the_life_is_that_of_the_engines_container_not_of_its_neighbours() -> No
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
+        ("follow", "maybe", "true or false"),
         ("event-port", "0", "a number from 1 to 65535"),
         ("event-port", "70000", "a number from 1 to 65535"),
         ("event-port", "five", "a number from 1 to 65535"),
@@ -254,7 +259,7 @@ def test_of_two_pods_at_one_place_the_older_one_is_followed_and_the_other_one_is
     old = pod("old", "10.0.0.7", annotations=NAMED, ports={"kv-events": 5556}, created="2026-01-01T00:00:00Z")
     new = pod("new", "10.0.0.7", annotations=NAMED, ports={"kv-events": 5556}, created="2026-01-02T00:00:00Z")
     for order in ([old, new], [new, old]):
-        plan = make_plan([Chosen([as_pod(found) for found in order])], RULES, {})
+        plan = plan_of([Chosen([as_pod(found) for found in order])])
         assert plan.owners == {"tcp://10.0.0.7:5556": "ns/old"}
         (problem,) = plan.problems
         assert (problem.reason, problem.where) == ("duplicate", "ns/new")
@@ -264,14 +269,14 @@ def test_of_two_pods_at_one_place_the_older_one_is_followed_and_the_other_one_is
 def test_two_pods_with_one_name_are_a_problem_too() -> None:
     said = {**NAMED, "kvindexer.io/instance": "same", "kvindexer.io/event-port": "5556"}
     pods = [as_pod(pod(name, f"10.0.0.{name}", annotations=said)) for name in ("1", "2", "3")]
-    plan = make_plan([Chosen(pods)], RULES, {})
+    plan = plan_of([Chosen(pods)])
     assert list(plan.wanted) == ["tcp://10.0.0.1:5556"]
     assert [problem.reason for problem in plan.problems] == ["duplicate", "duplicate"]
 
 
 def test_pods_past_the_bound_are_left_out_the_newest_first() -> None:
     pods = [as_pod(pod(f"p{n}", f"10.0.0.{n}", annotations=NAMED, ports={"kv-events": 1})) for n in range(1, 5)]
-    plan = make_plan([Chosen(pods)], Settings(discovery="kubernetes", discovery_max_pods=2), {})
+    plan = plan_of([Chosen(pods)], discovery_max_pods=2)
     assert list(plan.owners.values()) == ["ns/p1", "ns/p2"]
     assert [problem.reason for problem in plan.problems] == ["too_many_pods"]
 
@@ -371,16 +376,12 @@ def pods(draw: st.DrawFn) -> Pod:
 def test_whatever_pods_say_the_plan_is_sound_and_does_not_depend_on_their_order(
     chosen: list[Pod], dice: random.Random
 ) -> None:
-    def plan(order: list[Pod]) -> Plan:
-        return make_plan([Chosen(order)], RULES, answers)
-
-    answers = {
-        question.life: Answer("m", lists=False)
-        for question in make_plan([Chosen(chosen)], RULES, {}).questions.values()
-    }
-    first = plan(chosen)
-    shuffled = dice.sample(chosen, len(chosen))
-    assert plan(shuffled) == first
+    planner = Planner(RULES)
+    questions = planner.plan([Chosen(chosen)], {}).questions
+    answers = {life: Answer("m", lists=False) for life in questions}
+    first = planner.plan([Chosen(chosen)], answers)
+    assert planner.plan([Chosen(dice.sample(chosen, len(chosen)))], answers) == first
+    assert Planner(RULES).plan([Chosen(chosen)], answers) == first  # what was read before has no say
     holders = [(spec.tenant, spec.model, spec.instance, spec.rank, spec.type) for spec in first.wanted.values()]
     assert len(set(holders)) == len(holders)
     assert all(spec.endpoint == endpoint and spec.life for endpoint, spec in first.wanted.items())

@@ -1,7 +1,7 @@
 """Finds the pods of engines, and keeps the fleet's found sources equal to them.
 
     Watched, PoolPods ── what the API server says ─┐
-    Engines ── what the engines say ───────────────┴─► make_plan ─► find and lose, with the fleet
+    Engines ── what the engines say ───────────────┴─► Planner ──► find and lose, with the fleet
 
 Whatever changes wakes one loop, which makes the whole plan anew and gives the fleet the difference.  It does so from
 time to time by itself too, for the fleet changes under it: what somebody names by hand is theirs, and ours again when
@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol
 from kvindexer.errors import ConflictError, KvIndexerError, RequestError
 from kvindexer.events.discovery.collection import Collection
 from kvindexer.events.discovery.engines import Engines
-from kvindexer.events.discovery.plan import Chosen, Plan, make_plan
+from kvindexer.events.discovery.plan import Chosen, Plan, Planner
 from kvindexer.events.discovery.pods import Pod
 from kvindexer.events.discovery.pools import PoolPods
 from kvindexer.events.discovery.selectors import Requirement, parse_selector
@@ -66,6 +66,7 @@ class KubernetesFinder:
         self._keeping = Keeping(rules.discovery_retry_max_s, self._tally, self._wake.set)
         self._watched: list[Watched[Pod]] = []
         self._pools: list[PoolPods] = []
+        self._planner = Planner(rules)
         self._plan = Plan({}, {}, {}, [], 0)
         self._refused: dict[str, FindingProblem] = {}
         self._told: set[FindingProblem] = set()
@@ -151,11 +152,12 @@ class KubernetesFinder:
     def _adopt(self, fleet: Findable) -> None:
         """Make the fleet's found sources those of the pods."""
         chosen = [Chosen(tuple(one.objects.values())) for one in self._watched]
-        plan = make_plan([*chosen, *(pool.chosen for pool in self._pools)], self._rules, self._engines.answers)
+        plan = self._planner.plan([*chosen, *(pool.chosen for pool in self._pools)], self._engines.answers)
         self._plan = plan
         self._engines.ask(plan.questions)
         for endpoint, spec in list(fleet.found.items()):
-            if plan.wanted.get(endpoint) != spec:
+            wanted = plan.wanted.get(endpoint)
+            if wanted is not spec and wanted != spec:
                 fleet.lose(endpoint)
         self._refused = {}
         for endpoint, spec in plan.wanted.items():

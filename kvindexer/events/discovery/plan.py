@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from kvindexer.events.discovery.pods import Pod
-from kvindexer.events.discovery.reading import Answer, Ask, Follow, Refused, read_pod
+from kvindexer.events.discovery.reading import Answer, Ask, Follow, Reading, Refused, read_pod
 from kvindexer.events.finding import FindingProblem
 from kvindexer.settings.discovering import Discovering
 from kvindexer.types import SourceSpec
@@ -42,42 +42,64 @@ class Plan(NamedTuple):
     pods: int
 
 
-def make_plan(chosen: Iterable[Chosen], rules: Discovering, answers: Mapping[str, Answer]) -> Plan:
-    """`answers` are those of engines, by life."""
-    pods: dict[str, tuple[Pod, tuple[int, ...]]] = {}
-    for one in chosen:
-        for pod in one.pods:
-            known = pods.get(pod.uid)
-            pods[pod.uid] = (pod, one.ports or (known[1] if known else ()))
-    ordered = sorted(pods.values(), key=lambda entry: (entry[0].metadata.creationTimestamp or "", entry[0].uid))
-    plan = Plan({}, {}, {}, [], len(ordered))
-    if len(ordered) > rules.discovery_max_pods:
-        message = f"{len(ordered)} pods are chosen, {rules.discovery_max_pods} are looked at"
-        hint = "narrow the selector, or raise discovery_max_pods"
-        plan.problems.append(FindingProblem("too_many_pods", "all", message, hint))
-    holders: dict[Holder, str] = {}
-    for pod, ports in ordered[: rules.discovery_max_pods]:
-        _add(plan, holders, pod, read_both(pod, rules, ports, answers, plan.questions))
-    return plan
+class _Known(NamedTuple):
+    """How a pod was read, and what of."""
+
+    pod: Pod
+    ports: tuple[int, ...]
+    answer: Answer | None
+    question: Ask | None
+    reading: Reading
 
 
-def read_both(
-    pod: Pod, rules: Discovering, ports: tuple[int, ...], answers: Mapping[str, Answer], questions: dict[str, Ask]
-) -> Follow | Refused | None:
-    """Read a pod, with its engine's answer if that is needed and there is one."""
-    reading = read_pod(pod, rules, ports)
-    if isinstance(reading, Ask):
-        questions[reading.life] = reading
+class Planner:
+    """Makes plans; a pod that is the same as before is not read again, for most of thousands are."""
+
+    def __init__(self, rules: Discovering) -> None:
+        self._rules = rules
+        self._known: dict[str, _Known] = {}
+
+    def plan(self, chosen: Iterable[Chosen], answers: Mapping[str, Answer]) -> Plan:
+        """`answers` are those of engines, by life."""
+        pods: dict[str, tuple[Pod, tuple[int, ...]]] = {}
+        for one in chosen:
+            for pod in one.pods:
+                known = pods.get(pod.uid)
+                pods[pod.uid] = (pod, one.ports or (known[1] if known else ()))
+        ordered = sorted(pods.values(), key=lambda entry: (entry[0].metadata.creationTimestamp or "", entry[0].uid))
+        plan, most = Plan({}, {}, {}, [], len(ordered)), self._rules.discovery_max_pods
+        if len(ordered) > most:
+            message = f"{len(ordered)} pods are chosen, {most} are looked at"
+            hint = "narrow the selector, or raise discovery_max_pods"
+            plan.problems.append(FindingProblem("too_many_pods", "all", message, hint))
+        read = {pod.uid: self._read(pod, ports, answers) for pod, ports in ordered[:most]}
+        holders: dict[Holder, str] = {}
+        for known_pod in read.values():
+            if known_pod.question is not None:
+                plan.questions[known_pod.question.life] = known_pod.question
+            _add(plan, holders, known_pod.pod, known_pod.reading)
+        self._known = read
+        return plan
+
+    def _read(self, pod: Pod, ports: tuple[int, ...], answers: Mapping[str, Answer]) -> _Known:
+        """Read a pod, with its engine's answer if that is needed and there is one."""
+        known = self._known.get(pod.uid)
+        if known is not None and known.pod is pod and known.ports == ports:
+            answer = None if known.question is None else answers.get(known.question.life)
+            if answer == known.answer:
+                return known
+        reading = read_pod(pod, self._rules, ports)
+        if not isinstance(reading, Ask):
+            return _Known(pod, ports, None, None, reading)
         answer = answers.get(reading.life)
-        reading = read_pod(pod, rules, ports, answer) if answer is not None else reading
-    return reading if isinstance(reading, Follow | Refused) else None
+        told = reading if answer is None else read_pod(pod, self._rules, ports, answer)
+        return _Known(pod, ports, answer, reading, told)
 
 
-def _add(plan: Plan, holders: dict[Holder, str], pod: Pod, reading: Follow | Refused | None) -> None:
-    if reading is None:
-        return
+def _add(plan: Plan, holders: dict[Holder, str], pod: Pod, reading: Reading) -> None:
     if isinstance(reading, Refused):
         plan.problems.append(reading.problem)
+    if not isinstance(reading, Follow):
         return
     plan.problems.extend(reading.notes)
     for spec in reading.specs:

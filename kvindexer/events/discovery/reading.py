@@ -169,6 +169,8 @@ class _Place:
     """Where a pod's publishers and HTTP servers are.  Raises _UnusableError."""
 
     def __init__(self, pod: Pod, said: Mapping[str, str], rules: Discovering, target_ports: tuple[int, ...]) -> None:
+        if said.get("follow", "true").strip().lower() != "true":
+            raise _UnusableError("follow", said["follow"], "true or false")
         self.pod, self.said = pod, said
         container = _container(pod, said)
         declared = {port.name: port.containerPort for port in (container.ports if container else None) or ()}
