@@ -369,7 +369,7 @@ def test_the_notes_show_the_first_query(case: str) -> None:
     port = values.get("ports", {}).get("http", 8090)
     scheme = "https" if "tls" in values else "http"
     assert f"{scheme}://127.0.0.1:{port}/v1/match" in notes
-    assert ("WARNING" in notes) is (values.get("auth", {}).get("enabled") is False)
+    assert ("WARNING: auth.enabled is false" in notes) is (values.get("auth", {}).get("enabled") is False)
     assert ("$TOKEN" in notes) is ("TOKEN=" in notes)
     assert "%!" not in notes
     assert "<no value>" not in "".join(rendered(case).values())
@@ -398,6 +398,22 @@ def test_a_pod_fits_into_its_memory() -> None:
     assert found["resources"]["limits"]["memory"] == "2Gi"
     entries = yaml.safe_load(settings_file(objects(), NAME))["max_entries"]
     assert entries / 1e6 * 250e6 <= 0.75 * 2**31
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"),
+    [
+        ({}, False),
+        ({"config": {"max_entries": 9_000_000}}, True),
+        ({"config": {"max_entries": 9_000_000}, "resources": {"limits": {"memory": "4Gi"}}}, False),
+        ({"config": {"max_entries": None}}, True),
+        ({"resources": {"limits": {"memory": "1000M"}}}, True),
+        ({"resources": {"limits": {"memory": None}}}, False),
+    ],
+)
+def test_the_notes_warn_of_more_entries_than_memory(values: dict[str, Any], warned: bool) -> None:  # noqa: FBT001 - a case
+    notes = texts(values)["kvindexer/templates/NOTES.txt"]
+    assert ("WARNING: config.max_entries" in notes) is warned
 
 
 def test_rolling_updates_wait_for_readiness() -> None:

@@ -68,6 +68,10 @@ CONTRADICTIONS: Final[dict[str, tuple[dict[str, Any], str]]] = {
         {"store": {"url": "redis://:hunter2@r:6379"}},
         "store.url: has a password, which would stand in a ConfigMap",
     ),
+    "more memory than there is": (
+        {"valkey": {"enabled": True, "maxmemory": "1gb"}},
+        "valkey.maxmemory: 1gb does not fit into valkey.resources.limits.memory 1Gi",
+    ),
     "open and closed": (
         {"auth": {"enabled": False, "existingSecret": "t"}},
         "auth.enabled: false, and a way for callers to say who they are",
@@ -205,6 +209,26 @@ def test_every_refusal_has_its_case() -> None:
     said = "\n".join(refusal(values) for values, _ in CONTRADICTIONS.values())
     for text in written:
         assert re.search(re.sub(r"%[sdv]", ".+", re.escape(text)), said), text
+
+
+@pytest.mark.parametrize(
+    ("maxmemory", "limit", "fits"),
+    [
+        ("512mb", "1Gi", True),
+        ("1gb", "1.5Gi", True),
+        ("1g", "1Gi", True),
+        ("1073741823", "1Gi", True),
+        ("1073741824", "1Gi", False),
+        ("2000m", "2G", False),
+        ("600mb", "512Mi", False),
+        ("8gb", None, True),
+        ("8gb", "1Ti", True),  # not a unit that is known here: nothing is claimed
+    ],
+)
+def test_memory_is_compared_whatever_its_unit(maxmemory: str, limit: str | None, fits: bool) -> None:  # noqa: FBT001 - a case
+    resources = {"limits": {"memory": limit}}
+    said = refusal({"valkey": {"enabled": True, "maxmemory": maxmemory, "resources": resources}})
+    assert (said == "") is fits
 
 
 def test_all_mistakes_are_named_at_once() -> None:

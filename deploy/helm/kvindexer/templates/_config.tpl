@@ -167,3 +167,13 @@ KVINDEXER_REPLICA and what `extraEnv` adds.
 {{- if $config.otlp_endpoint -}}{{- $spans = $config.otlp_timeout_s | default 5 -}}{{- end -}}
 {{- addf $drain (mulf 2 $grace) $spans 7 | ceil | int -}}
 {{- end -}}
+
+{{/* Bytes of an amount of memory, as Kubernetes or Valkey writes it; 0 if it can't be told. */}}
+{{- define "kvindexer.bytes" -}}
+{{- $text := toString . | lower -}}
+{{- $number := regexFind "^[0-9.]+" $text -}}
+{{- $kilo := dict "k" 1000 "m" 1000000 "g" 1000000000 -}}
+{{- $kibi := dict "ki" 1024 "mi" 1048576 "gi" 1073741824 "kb" 1024 "mb" 1048576 "gb" 1073741824 -}}
+{{- $unit := get (merge (dict "" 1) $kilo $kibi) (trimPrefix $number $text) -}}
+{{- if and $number $unit -}}{{- mulf (float64 $number) $unit | int64 -}}{{- else -}}0{{- end -}}
+{{- end -}}

@@ -97,6 +97,13 @@ tokenizer_api_key: extraEnv, as KVINDEXER_TOKENIZER_API_KEY from a Secret
 {{- end -}}
 {{- end -}}
 
+{{- with .Values.valkey -}}
+{{- $limit := dig "limits" "memory" "" .resources | include "kvindexer.bytes" | int64 -}}
+{{- if and .enabled $limit (ge (include "kvindexer.bytes" .maxmemory | int64) $limit) -}}
+{{- $wrong = append $wrong (printf "valkey.maxmemory: %s does not fit into valkey.resources.limits.memory %v; leave a third of it for the server" .maxmemory .resources.limits.memory) -}}
+{{- end -}}
+{{- end -}}
+
 {{- with .Values.auth -}}
 {{- $ways := or .existingSecret .kubernetes.audience .certificates -}}
 {{- if and (not .enabled) $ways -}}
