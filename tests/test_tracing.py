@@ -294,6 +294,18 @@ def test_a_service_without_a_collector_does_not_import_the_sdk(tmp_path: Path) -
     assert ran.stdout.strip() == "set()"
 
 
+def test_one_module_knows_opentelemetry() -> None:
+    """So that leaving the module out leaves all of it out."""
+    root = Path(__file__).parent.parent / "kvindexer"
+    knowing = {
+        str(path.relative_to(root)) for path in root.rglob("*.py") if "import opentelemetry" in path.read_text()
+    }
+    knowing |= {
+        str(path.relative_to(root)) for path in root.rglob("*.py") if "from opentelemetry" in path.read_text()
+    }
+    assert knowing == {"watching/spans.py"}
+
+
 def test_a_missing_extra_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kvindexer.watching.spans", None)
     with pytest.raises(SettingsError, match=r"otlp_endpoint.*pip install 'kvindexer\[otel\]'"):

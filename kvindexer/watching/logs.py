@@ -32,6 +32,7 @@ MAX_CAUSES: Final = 8
 _FIELDS: Final = "kvindexer_fields"
 _CONTROL: Final = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _BARE: Final = re.compile(r"[^\s\"=\\]+")
+_ARGUMENTS: Final = re.compile(r"[<(]")
 _LIBRARIES: Final = {"uvicorn": logging.INFO}
 """Other people's loggers and their least level, WARNING if not here: at `debug` some show headers and bodies."""
 
@@ -68,9 +69,12 @@ def set_level(level: LogLevel) -> None:
 
 
 def loop_fault(_loop: AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handler of an event loop: what nobody waits for has failed; asyncio's own words would show the exception's."""
-    error = context.get("exception")
-    _log.error("%s", context.get("message", "a fault in the event loop"), exc_info=error)
+    """Handler of an event loop: what nobody waits for has failed.
+
+    Of asyncio's sentence only the beginning is taken: behind it may stand what a callback was called with.
+    """
+    said = _ARGUMENTS.split(context.get("message", "a fault in the event loop"), maxsplit=1)[0].strip()
+    _log.error("%s", said, exc_info=context.get("exception"))
 
 
 class TextLines(logging.Formatter):
