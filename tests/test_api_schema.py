@@ -230,10 +230,12 @@ def check_at_home(api: Api, examples: int) -> None:
             assert {answer.answer for answer in good} == {JSON, MSGPACK}, name
 
 
-def check_anywhere(api: Api, examples: int, *without: str) -> None:
+def check_anywhere(api: Api, examples: int) -> None:
     document = document_of(api)
-    for path in without:
-        del document["paths"][path]
+    if not examples:  # the same structs a second time: left to the slower test
+        del document["paths"]["/v1/explain"]
+        for operation in operations(document).values():
+            operation.get("requestBody", {}).get("content", {}).pop(MSGPACK, None)
     answered = run(api, document, edges=True, examples=examples)
     assert {answer.operation for answer in answered} == set(operations(document))
     assert all(answer.status < 500 for answer in answered)
@@ -244,8 +246,7 @@ def test_routes_answer_about_what_is_there_as_their_document_says(api: Api) -> N
 
 
 def test_routes_answer_to_anything_as_their_document_says(api: Api) -> None:
-    """But for a route that reads what another one reads."""
-    check_anywhere(api, 0, "/v1/explain")
+    check_anywhere(api, 0)
 
 
 @pytest.mark.proof

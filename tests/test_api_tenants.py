@@ -15,6 +15,8 @@ from api_server import Api, serving
 from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
 
 PROMPT: Final = list(range(100, 140))
+THEIRS: Final = list(range(200, 220))
+"""How a prompt goes on that only they ask for."""
 KEYS: Final = list(prompt_keys(pack_tokens(PROMPT), 4))
 HASHES: Final = [1000 + block for block in range(10)]
 NAMES: Final = ["mine", "twin", "theirs", "their-alias", "theirs:8000", "tcp://theirs:5557", "lake", "thers"]
@@ -67,6 +69,7 @@ def world(api: Api, others: Said | None, mine: Said) -> None:
     fields = {**mine, **others}
     aliases = ("their-alias", "theirs:8000")
     api.store(api.add("theirs", aliases=aliases, **fields), PROMPT)
+    api.store("tcp://theirs:5557", [*PROMPT[:20], *THEIRS], first=2)
     api.store(api.add("twin", port=5558, rank=1, **fields), PROMPT[:8])
     lake = api.add("lake", type="store", tier="remote", readers=("theirs",), **fields)
     api.store(lake, PROMPT[:20], medium=None)
@@ -75,7 +78,7 @@ def world(api: Api, others: Said | None, mine: Said) -> None:
         api.store(api.add("theirs", port=5559, **eight), PROMPT, block_size=8)
     asking = {name: value for name, value in fields.items() if value is not None}
     for _ in range(4):
-        api.post("/v1/match", {"model": "m", "tokens": PROMPT, **asking})
+        api.post("/v1/match", {"model": "m", "tokens": [*PROMPT[:20], *THEIRS], **asking})
     api.post("/v1/routed", {"model": "m", "instance": "theirs", "tokens": PROMPT, "ttl_s": 60, **asking})
 
 
