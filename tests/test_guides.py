@@ -103,6 +103,21 @@ def test_the_readme_and_the_pages_lead_to_every_guide() -> None:
     assert all(f"docs/guides/{name}.md" in readme for name in GUIDES)
 
 
+def test_the_words_of_the_pages_are_those_of_the_service() -> None:
+    """Reasons, states and settings in the first columns of tables, and every metric."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "kvindexer").rglob("*.py"))
+    known = set(re.findall(r"\w+", source))
+    metrics = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    words: set[str] = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        first_cells = " ".join(re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE))
+        words.update(re.findall(r"`([a-z_]+)`", first_cells))
+        assert all(f"`{name}" in metrics for name in re.findall(r"`(kvindexer_\w+)", text)), page.name
+    assert len(words) > 20
+    assert words <= known, words - known
+
+
 # Commands that run
 
 
