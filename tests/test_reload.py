@@ -16,7 +16,9 @@ import yaml
 
 from kvindexer.commands.client import OPEN, WayIn, call
 from kvindexer.commands.failure import CommandError
+from kvindexer.errors import ConflictError
 from kvindexer.events.configured import difference
+from kvindexer.events.sources import Registry
 from kvindexer.testing import FakeEngine
 from kvindexer.types import SourceSpec
 from live import spec_of, with_fleet
@@ -364,3 +366,17 @@ def test_what_was_unregistered_by_hand_does_not_come_back_by_a_reading_without_c
 
         with_fleet(scenario, sources=[spec])
     assert difference([spec], [spec]) == ((), ())
+
+
+def test_a_name_is_free_again_once_its_source_is_gone() -> None:
+    registry = Registry()
+    spec = SourceSpec(instance="a", model="m", block_size=4, endpoint="tcp://10.0.0.1:1")
+    elsewhere = SourceSpec(instance="a", model="m", block_size=4, endpoint="tcp://10.0.0.2:1")
+    for give_up in (lambda: registry.remove(spec.endpoint), lambda: registry.unregister("a")):
+        registry.register(spec)
+        with pytest.raises(ConflictError, match="publishes at tcp://10.0.0.1:1"):
+            registry.register(elsewhere)
+        assert give_up()
+        assert registry.register(elsewhere)
+        assert registry.remove(elsewhere.endpoint) == elsewhere
+        assert registry.remove(elsewhere.endpoint) is None

@@ -14,6 +14,7 @@ from kvindexer.errors import ConflictError, RequestError, TooLargeError
 from kvindexer.types import SourceSpec, SourceType
 
 _PRIVATE: Final = "additional_salt"
+_Holder = tuple[str, str, str, int, SourceType]
 
 
 class Registry:
@@ -29,6 +30,8 @@ class Registry:
         self._bound = bind_endpoints
         self._max_sources = max_sources
         self._specs: dict[str, SourceSpec] = {}
+        self._holders: dict[_Holder, SourceSpec] = {}
+        """The same, by what only one publisher can speak for."""
         self.generation = 0
         """Grows with every source that comes or goes."""
 
@@ -58,15 +61,15 @@ class Registry:
                 f"endpoint {source} is registered with other values: {_differences(known, spec)}",
                 f"unregister instance {known.instance!r} first if they changed",
             )
-        for other in self._specs.values():
-            if _same_holder(other, spec):
-                raise ConflictError(
-                    f"instance {spec.instance!r} rank {spec.rank} of {spec.model!r} publishes at {other.endpoint}",
-                    "unregister it first, or give this publisher its own instance or rank",
-                )
+        other = self._holders.get(_holder(spec))
+        if other is not None:
+            raise ConflictError(
+                f"instance {spec.instance!r} rank {spec.rank} of {spec.model!r} publishes at {other.endpoint}",
+                "unregister it first, or give this publisher its own instance or rank",
+            )
         if len(self._specs) >= self._max_sources:
             raise TooLargeError("registered sources", len(self._specs) + 1, self._max_sources, "max_sources")
-        self._specs[source] = spec
+        self._specs[source] = self._holders[_holder(spec)] = spec
         self.generation += 1
         return source
 
@@ -92,14 +95,16 @@ class Registry:
             and source_type in (None, spec.type)
         ]
         for source, _ in chosen:
-            del self._specs[source]
-            self.generation += 1
+            self.remove(source)
         return chosen
 
     def remove(self, source: str) -> SourceSpec | None:
         """Remove one source; returns what it was registered as."""
         self.generation += 1
-        return self._specs.pop(source, None)
+        spec = self._specs.pop(source, None)
+        if spec is not None:
+            del self._holders[_holder(spec)]
+        return spec
 
     def identity(self, spec: SourceSpec) -> str:
         """What we dial; of a publisher that dials us the topic and rank too, for nothing else tells it apart."""
@@ -132,14 +137,8 @@ class Registry:
             )
 
 
-def _same_holder(one: SourceSpec, other: SourceSpec) -> bool:
-    return (one.tenant, one.model, one.instance, one.rank, one.type) == (
-        other.tenant,
-        other.model,
-        other.instance,
-        other.rank,
-        other.type,
-    )
+def _holder(spec: SourceSpec) -> _Holder:
+    return spec.tenant, spec.model, spec.instance, spec.rank, spec.type
 
 
 def _differences(known: SourceSpec, new: SourceSpec) -> str:
