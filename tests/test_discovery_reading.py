@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kube_api import old_pool, pod, pool, restarted
+from kube_api import V1, V1ALPHA2, old_pool, pod, pool, restarted
 from kvindexer.errors import SettingsError
+from kvindexer.events.discovery import reading
+from kvindexer.events.discovery.collection import Reason
 from kvindexer.events.discovery.plan import Chosen, Plan, Planner
 from kvindexer.events.discovery.pods import Pod, read_pool
 from kvindexer.events.discovery.reading import Answer, Ask, Follow, Idle, Reading, Refused, read_pod
 from kvindexer.events.discovery.selectors import Requirement, parse_selector
-from kvindexer.settings import Settings
+from kvindexer.settings import Settings, load_settings
 
+PAGE = Path(__file__).parent.parent / "docs" / "discovery.md"
 RULES = Settings(discovery="kubernetes")
 NAMED = {"kvindexer.io/model": "m"}
 
@@ -386,3 +392,49 @@ def test_whatever_pods_say_the_plan_is_sound_and_does_not_depend_on_their_order(
     assert len(set(holders)) == len(holders)
     assert all(spec.endpoint == endpoint and spec.life for endpoint, spec in first.wanted.items())
     assert set(first.owners) == set(first.wanted)
+
+
+# The page
+
+
+def blocks(section: str) -> list[Any]:
+    """The YAML of one section of the page."""
+    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    return [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
+
+
+def test_the_pod_of_the_page_becomes_the_source_that_the_page_says(tmp_path: Path) -> None:
+    example, configuration = blocks("A complete example")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(configuration))
+    settings = load_settings(tmp_path / "config.yaml", {}, {})
+    example["status"] = pod("x", "10.0.0.7")["status"]
+    example["status"]["containerStatuses"][0]["name"] = example["spec"]["containers"][0]["name"]
+    found = as_pod(example)
+    question = read_pod(found, settings)
+    assert isinstance(question, Ask)
+    assert question[2:] == ("http://10.0.0.7:8000", True, False)
+    spec = one(read_pod(found, settings, (), Answer("Qwen/Qwen3-32B", lists=False)))
+    assert (spec.instance, spec.model) == ("10.0.0.7:8000", "Qwen/Qwen3-32B")
+    assert (spec.endpoint, spec.replay) == ("tcp://10.0.0.7:5556", "tcp://10.0.0.7:5657")
+
+
+def test_the_page_lists_every_annotation_and_every_reason() -> None:
+    text = PAGE.read_text()
+    (listed,) = re.findall(r"^\| annotation \| meaning \|\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    named = {name for row in listed.split("\n") for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
+    assert named == {*reading._PLACING, *reading._MEANING}
+    (listed,) = re.findall(r"^\| reason \| serious \| meaning \|\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    shown = {name for row in listed.split("\n") for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    sources = "".join(path.read_text() for path in Path(reading.__file__).parent.glob("*.py"))
+    assert shown == set(re.findall(r"FindingProblem\(\s*\"(\w+)\"", sources)) | set(get_args(Reason)) - {
+        "ended",
+        "expired",
+    }
+
+
+def test_the_rights_of_the_page_are_those_that_are_used() -> None:
+    """What the fake API server is asked in the other tests: lists and watches of pods and pools."""
+    role, more = blocks("Rights")
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
+    groups = [V1.partition("/")[0], V1ALPHA2.partition("/")[0]]
+    assert more == [{"apiGroups": groups, "resources": ["inferencepools"], "verbs": ["get", "list", "watch"]}]
