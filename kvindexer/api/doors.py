@@ -7,7 +7,6 @@ What is refused here is refused before its body is read.  Nothing that was prese
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
 from math import ceil
 from time import monotonic
 from typing import Final
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kvindexer.access.doors import DOORS, Door
 from kvindexer.access.errors import ForbiddenError, UnauthenticatedError, UndecidedError
 from kvindexer.access.guard import Guard
-from kvindexer.access.identity import ANONYMOUS, Identity, enter
+from kvindexer.access.identity import ANONYMOUS, Grant, Identity, enter
 from kvindexer.access.rates import Rates, network_of
 from kvindexer.api.errors import CLOSE, RefusedError
 from kvindexer.api.limits import PROBES, RETRY_AFTER_S
@@ -43,35 +42,35 @@ class Doors:
         if scope["type"] != "http":
             raise RuntimeError("only HTTP has doors")
         path = scope["path"]
-        identity = None
-        if self._guard is not None:
+        if self._guard is None:
+            self._count(path, scope, None)
+        else:
             door = DOORS.get(path)
-            # each request, also a refused one: asyncio may hand the context of an earlier request down to this one
-            enter(ANONYMOUS)
             if door is not None and door.role is None:
-                identity = self._guard.glance(_authorization(scope), scope.get(CERTIFICATE))
+                enter(self._guard.glance(_authorization(scope), scope.get(CERTIFICATE)))
             else:
-                found = self._identified(self._guard, scope)
-                identity = found if isinstance(found, Identity) else await _settled(found)
-            enter(identity)
-        if self._rates is not None and path not in PROBES:
-            self._count(self._rates, scope, identity)
-        if identity is not None:
-            _open(path, identity)
+                try:
+                    identity = self._guard.identify(_authorization(scope), scope.get(CERTIFICATE))
+                    if not isinstance(identity, Identity):
+                        # asyncio may hand the context of an earlier request down to this one, and it may be refused
+                        enter(ANONYMOUS)
+                        identity = await identity
+                except RequestError as error:
+                    enter(ANONYMOUS)
+                    self._count(path, scope, None)  # guessing costs as much as asking
+                    raise _refused(error) from None
+                enter(identity)
+                if self._rates is not None:
+                    self._count(path, scope, identity)
+                _open(door, identity)
         await self._app(scope, receive, send)
 
-    def _identified(self, guard: Guard, scope: Scope) -> Identity | Awaitable[Identity]:
-        try:
-            return guard.identify(_authorization(scope), scope.get(CERTIFICATE))
-        except RequestError as error:
-            if self._rates is not None:
-                self._count(self._rates, scope, None)  # guessing costs as much as asking
-            raise _refused(error) from None
-
-    def _count(self, rates: Rates, scope: Scope, identity: Identity | None) -> None:
+    def _count(self, path: str, scope: Scope, identity: Identity | None) -> None:
+        if self._rates is None or path in PROBES:
+            return
         client = scope.get("client")
         name = f"= {identity.name}" if identity is not None else network_of(client[0]) if client else ""
-        wait_s = rates.take(name, monotonic())
+        wait_s = self._rates.take(name, monotonic())
         if wait_s:
             raise RefusedError(
                 RequestError(
@@ -95,23 +94,15 @@ def _authorization(scope: Scope) -> bytes | None:
     return found
 
 
-async def _settled(found: Awaitable[Identity]) -> Identity:
-    try:
-        return await found
-    except RequestError as error:
-        raise _refused(error) from None
-
-
-def _open(path: str, identity: Identity) -> None:
+def _open(door: Door | None, identity: Identity) -> None:
     """Raise RequestError if this door is shut to the caller."""
-    door = DOORS.get(path)
     if door is None:
         raise RefusedError(RequestError("not_found", "no such route", "see /docs for the routes", status=404), CLOSE)
     grant = identity.grant
-    if door.role is not None and not grant.may(door.role):
+    if door.role not in grant.roles and not grant.may(door.role):
         has = ", ".join(sorted(grant.roles)) or "none"
         raise _refused(ForbiddenError("no_role", f"this needs the role {door.role}", f"the caller's roles: {has}"))
-    if _shuts(door, grant.tenant, grant.cache_salt):
+    if door.shows != "own" and _shuts(door, grant):
         raise _refused(
             ForbiddenError(
                 "not_scoped",
@@ -121,10 +112,8 @@ def _open(path: str, identity: Identity) -> None:
         )
 
 
-def _shuts(door: Door, tenant: str | None, cache_salt: str | None) -> bool:
-    if door.shows == "every tenant":
-        return tenant is not None or cache_salt is not None
-    return door.shows == "every salt" and cache_salt is not None
+def _shuts(door: Door, grant: Grant) -> bool:
+    return grant.cache_salt is not None or (door.shows == "every tenant" and grant.tenant is not None)
 
 
 def _refused(error: RequestError) -> RefusedError:
