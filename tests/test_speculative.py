@@ -7,12 +7,20 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvindexer.tiering.marks import EVERY, Marks
 from kvindexer.tiering.speculative import Speculation
 from kvindexer.types import Keyspace
 
 SPACES = (Keyspace("t", "m", "", 4), Keyspace("u", "m", "", 4))
 INSTANCES = ("a", "b")
 TRUNK = tuple(range(1, 9))
+
+
+def marked(marks: Marks | None, key: int) -> set[str]:
+    """Instances that prompts went to which begin with this block."""
+    if marks is None:
+        return set()
+    return {who for mask in marks.along([key]) for who, bit in marks.bits.items() if mask & bit}
 
 
 @dataclass
@@ -75,9 +83,10 @@ def test_after_any_sequence_the_overlay_is_what_a_count_of_references_would_be(
             for who in INSTANCES:
                 assert set(overlay.instances(where).get(who, ())) == oracle.held(where, who)
                 assert overlay.awaits(who) == any(oracle.held(each, who) for each in SPACES)
-            for first in (TRUNK[0], *range(100, 105)):
-                begun = {who for place, key, who, _ in oracle.begun if (place, key) == (where, first)}
-                assert set(overlay.begun(where, first)) == begun
+            marks = overlay.marks(where)
+            for key in (TRUNK[0], *range(100, 105)):
+                begun = {who for place, first, who, _ in oracle.begun if (place, first) == (where, key)}
+                assert marked(marks, key) == begun
         assert overlay.alive or not any(keys for *_, keys, _ in oracle.routings)
     overlay.expire(now + 5)
     assert (overlay.alive, overlay.references, overlay.blocks) == (False, 0, 0)
@@ -123,3 +132,23 @@ def test_a_prompt_routed_again_takes_no_more_room() -> None:
     assert overlay.alive
     overlay.expire(1000.0)
     assert not overlay.alive
+
+
+def test_marks_are_those_of_the_prompts_that_live_and_bits_are_given_anew() -> None:
+    marks, prompts = Marks(), {who: list(range(3 * EVERY)) for who in "abc"}
+    prompts["b"] = [*range(EVERY + 1), *range(1000, 1000 + EVERY)]
+    for who, keys in prompts.items():
+        marks.add(who, keys)
+    a, b, c = (marks.bits[who] for who in "abc")
+    assert marks.along(prompts["a"]) == [a | b | c, a | b | c, a | c]
+    assert marks.along(prompts["b"][:EVERY]) == [a | b | c]
+    marks.add("a", prompts["a"][:1])
+    marks.drop("a", prompts["a"])
+    assert marks.along(prompts["a"]) == [a | b | c, b | c, c]
+    marks.drop("a", prompts["a"][:1])
+    marks.add("d", prompts["a"])
+    assert marks.bits == {"b": b, "c": c, "d": a}
+    for who in "bcd":
+        marks.drop(who, prompts.get(who, prompts["a"]))
+    assert not marks
+    assert marks.along(prompts["a"]) == []

@@ -15,12 +15,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from time import monotonic
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvindexer.api.lookup import Found
 from kvindexer.api.prompt import Prompt
 from kvindexer.index.seam import HolderMatch, Index
+from kvindexer.tiering.marks import EVERY, Marks
 from kvindexer.tiering.speculative import Speculation
+
+_NOTHING: Final[frozenset[int]] = frozenset()
 
 
 class Ahead(NamedTuple):
@@ -45,47 +48,75 @@ class Lookahead:
         self._speculation.expire(self._clock())
         reached: dict[str, Ahead] = {}
         for keyspace, matches in found:
-            routed = self._speculation.instances(keyspace)
-            keys = prompt.keys(keyspace.block_size)
-            if not routed or not keys:
+            marks, keys = self._speculation.marks(keyspace), prompt.keys(keyspace.block_size)
+            if marks is None or not keys:
                 continue
-            going_on = _going_on(keys, matches, routed)
-            first = keys[0]
-            begun = self._speculation.begun(keyspace, first)
-            if begun:
-                without = set(begun).difference([match.instance for match in matches])
-                going_on += [(name, 0, blocks) for name in without if first in (blocks := routed.get(name, ()))]
-            if not going_on:
-                continue
-            known = self._index.instances(keyspace)
-            size, backwards = keyspace.block_size, keys[::-1]
-            for instance, held, blocks in going_on:
+            going_on = _going_on(keys, matches, marks, self._speculation.instances(keyspace))
+            known = self._index.instances(keyspace) if going_on else ()
+            for instance, end in going_on:
                 if instance in known and (candidates is None or instance in candidates):
-                    tokens = _end(backwards, held, blocks) * size
-                    before = reached.get(instance)
+                    tokens, before = end * keyspace.block_size, reached.get(instance)
                     if before is None or tokens > before.tokens:
-                        reached[instance] = Ahead(tokens, size)
+                        reached[instance] = Ahead(tokens, keyspace.block_size)
         return reached or None
 
 
 def _going_on(
-    keys: Sequence[int], matches: Iterable[HolderMatch], routed: Mapping[str, Collection[int]]
-) -> list[tuple[str, int, Collection[int]]]:
-    """Instances to which the block behind those that they hold was routed; where that is, and what was routed."""
-    blocks_of, length = routed.get, len(keys)
-    return [
-        (match.instance, match.held, blocks)
+    keys: list[int], matches: Iterable[HolderMatch], marks: Marks, routed: Mapping[str, Collection[int]]
+) -> list[tuple[str, int]]:
+    """Instances to which the block behind those that they hold was routed, and how far they get."""
+    along, bits, length = marks.along(keys), marks.bits.get, len(keys)
+    deepest = max(len(along), 1) * EVERY
+    # nearly all instances fall out by the marks: what was routed does not go on where they end
+    going_on = [
+        (match.instance, match.held)
         for match in matches
-        if match.held < length and keys[match.held] in (blocks := blocks_of(match.instance, ()))
+        if (held := match.held) < deepest
+        and held < length
+        and (held < EVERY or along[held // EVERY] & bits(match.instance, 0))
+        and keys[held] in routed.get(match.instance, _NOTHING)
     ]
+    if along:
+        going_on += [
+            (instance, 0)
+            for instance in marks.bits.keys() - {match.instance for match in matches}
+            if along[0] & bits(instance, 0) and keys[0] in routed.get(instance, _NOTHING)
+        ]
+    if not going_on:
+        return []
+    ends = _Ends(keys, along)
+    return [(instance, ends.of(held, routed[instance], bits(instance, 0))) for instance, held in going_on]
 
 
-def _end(backwards: Sequence[int], start: int, blocks: Collection[int]) -> int:
-    """How far a prompt's keys reach that were routed, from one on that was; the keys are given last one first.
+class _Ends:
+    """Where the parts of one prompt end that were routed, to one instance after the other.
 
     A key stands for the whole prompt up to its block, so whoever routed it has routed those before it, too.
     """
-    length = len(backwards)
-    if backwards[0] in blocks:  # prompts alike
-        return length
-    return length - bisect_left(backwards, x=True, lo=0, hi=length - start, key=blocks.__contains__)
+
+    def __init__(self, keys: list[int], along: Sequence[int]) -> None:
+        self._keys, self._along = keys, along
+        self._backwards = keys[::-1]
+        self._found = {len(along): len(keys)}
+        """Marks before an end -> the end that another instance has there; at first that of the whole prompt."""
+
+    def of(self, start: int, blocks: Collection[int], bit: int) -> int:
+        """How far an instance gets that waits for the block at `start`."""
+        keys, along = self._keys, self._along
+        marks = bisect_left(along, x=True, lo=start // EVERY, key=lambda mask: not mask & bit)
+        end = self._found.get(marks, 0)
+        if end > start and keys[end - 1] in blocks and (end == len(keys) or keys[end] not in blocks):
+            return end
+        last = (marks - 1) * EVERY
+        if last > start and keys[last] in blocks:
+            end = self._among(last, min(last + EVERY, len(keys)), blocks)
+        else:
+            end = self._among(start, len(keys), blocks)
+        self._found[marks] = end
+        return end
+
+    def _among(self, start: int, stop: int, blocks: Collection[int]) -> int:
+        length = len(self._keys)
+        return length - bisect_left(
+            self._backwards, x=True, lo=length - stop, hi=length - start, key=blocks.__contains__
+        )

@@ -13,11 +13,11 @@ Invariant: `held` of an instance names living routings only, and `references` ne
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import Literal
 
+from kvindexer.tiering.marks import Marks
 from kvindexer.types import Keyspace
 
 _Place = tuple[Keyspace, str]
@@ -28,7 +28,7 @@ _Order = tuple[float, int]
 """When it ends, and which of equal ends is the later routing."""
 
 
-class _Routing:
+class Routing:
     """One prompt that was routed to one instance, however often."""
 
     __slots__ = ("keys", "name", "order", "place")
@@ -45,11 +45,10 @@ class Speculation:
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
-        self._held: dict[Keyspace, dict[str, dict[int, _Routing]]] = {}
-        self._begun: dict[Keyspace, dict[int, Counter[str]]] = {}
-        """First key of a routing -> the instances that it went to, and how many routings of each live."""
-        self._routings: dict[_Name, _Routing] = {}
-        self._ends: list[tuple[_Order, _Routing]] = []
+        self._held: dict[Keyspace, dict[str, dict[int, Routing]]] = {}
+        self._marks: dict[Keyspace, Marks] = {}
+        self._routings: dict[_Name, Routing] = {}
+        self._ends: list[tuple[_Order, Routing]] = []
         """A heap with one entry a routing, at the end that it had when it was put there."""
         self._serial = 0
         self.references = 0
@@ -91,9 +90,11 @@ class Speculation:
         if routing is None:
             while self.references + len(keys) > self._max_blocks:
                 self._next_to_end("made_room")
-            routing = self._routings[name] = _Routing(name, place, keys, order)
+            routing = self._routings[name] = Routing(name, place, keys, order)
             self.references += len(keys)
-            self._begun.setdefault(keyspace, {}).setdefault(keys[0], Counter())[instance] += 1
+            if keyspace not in self._marks:
+                self._marks[keyspace] = Marks()
+            self._marks[keyspace].add(instance, keys)
             heappush(self._ends, (order, routing))
         else:
             order = routing.order = max(routing.order, order)
@@ -118,8 +119,12 @@ class Speculation:
             return
         del self._routings[routing.name]
         self.references -= len(routing.keys)
-        self._is_over(routing)
-        held = self._held.get(routing.place[0], {}).get(routing.place[1], {})
+        keyspace, instance = routing.place
+        marks = self._marks[keyspace]
+        marks.drop(instance, routing.keys)
+        if not marks:
+            del self._marks[keyspace]
+        held = self._held.get(keyspace, {}).get(instance, {})
         gone = self._drop(routing.place, [key for key in routing.keys if held.get(key) is routing])
         if reason == "expired":
             self.expired += gone
@@ -147,26 +152,14 @@ class Speculation:
                 del self._held[keyspace]
         return gone
 
-    def _is_over(self, routing: _Routing) -> None:
-        (keyspace, instance), first = routing.place, routing.keys[0]
-        begun = self._begun[keyspace]
-        instances = begun[first]
-        instances[instance] -= 1
-        if not instances[instance]:
-            del instances[instance]
-            if not instances:
-                del begun[first]
-                if not begun:
-                    del self._begun[keyspace]
-
     def awaits(self, instance: str) -> bool:
         """Whether any block of the instance waits for its event; cheap."""
         return bool(self._routings) and any(instance in instances for instances in self._held.values())
 
-    def instances(self, keyspace: Keyspace) -> Mapping[str, Collection[int]]:
-        """Instances with speculative blocks, and the keys of those."""
+    def instances(self, keyspace: Keyspace) -> Mapping[str, Mapping[int, Routing]]:
+        """Instances with speculative blocks, and the keys of those, each with a routing that names it."""
         return self._held.get(keyspace, {})
 
-    def begun(self, keyspace: Keyspace, key: int) -> Collection[str]:
-        """Instances that living routings went to which begin with this block; it may be no longer speculative."""
-        return self._begun.get(keyspace, {}).get(key, ())
+    def marks(self, keyspace: Keyspace) -> Marks | None:
+        """Where living routings went; None: there are none."""
+        return self._marks.get(keyspace)
