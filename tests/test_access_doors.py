@@ -14,6 +14,7 @@ import yaml
 from api_server import Api, error, serving
 from kvindexer.access.doors import DOORS
 from kvindexer.access.identity import ROLES
+from kvindexer.api import changes
 
 TOKENS: Final = list(range(1, 13))
 SECRETS: Final = {
@@ -288,6 +289,14 @@ def test_figures_of_the_whole_service_are_for_those_who_see_all_of_it(api: Api) 
     assert (own["events"], own["queries"]) == (None, None)
     assert everything["blocks"] == 3 * own["blocks"] > 0
     assert error(ask(api, "/metrics", "of-a"))[:2] == (403, "not_scoped")
+
+
+def test_who_follows_changes_is_asked_again_who_he_is(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is taken away ends what it began."""
+    monkeypatch.setattr(changes, "KNOWN_FOR_S", 0.0)
+    with api.client.stream("GET", "/v1/changes", params={"model": "m"}, headers=as_caller("of-a")) as response:
+        text = response.read().decode()
+    assert 'event: end\ndata: {"code":"ask_again"}' in text
 
 
 # Cache salts

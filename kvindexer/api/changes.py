@@ -19,6 +19,7 @@ from fastapi.responses import Response
 from msgspec import UNSET, Meta, UnsetType
 from starlette.types import Receive, Scope, Send
 
+from kvindexer.access.identity import caller
 from kvindexer.api.errors import RefusedError
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.limits import RETRY_AFTER_S
@@ -36,6 +37,8 @@ from kvindexer.types import SourceSpec
 
 POSITION_EVERY_S: Final = 0.25
 """Between positions while there is more to tell; they grow with the number of sources."""
+KNOWN_FOR_S: Final = 300.0
+"""Where callers have to say who they are, a stream is as old as that at most: rights that are taken away end."""
 _LOOK_S: Final = 1.0
 """Between looks at whether the service is about to end."""
 
@@ -105,7 +108,7 @@ class PositionEvent(msgspec.Struct):
 class EndEvent(msgspec.Struct):
     """`end`: the stream ends here; come back with the last position."""
 
-    code: Annotated[str, Meta(extra_json_schema={"enum": ["too_slow", "leaving"]})]
+    code: Annotated[str, Meta(extra_json_schema={"enum": ["too_slow", "leaving", "ask_again"]})]
 
 
 ANSWERS: Final = (ResetEvent, BlocksEvent, GoneEvent, PositionEvent, EndEvent)
@@ -151,6 +154,7 @@ class Stream(Response):
         self._streams = end
         self._gone = False
         self._ended = "hung_up"
+        self._until_s = None if caller() is None else monotonic() + KNOWN_FOR_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI
         """Tell until the client goes, is too slow, or we go."""
@@ -184,6 +188,10 @@ class Stream(Response):
             if self._streams.leaving:
                 self._ended = "leaving"
                 yield _event(EndEvent("leaving"))
+                return
+            if self._until_s is not None and monotonic() >= self._until_s:
+                self._ended = "ask_again"
+                yield _event(EndEvent("ask_again"))
                 return
             self._woken.clear()
             try:

@@ -30,7 +30,7 @@ from kvindexer.watching.work import present
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 STATES: Final = ("syncing", "live", "stale", "gone")
-STREAM_ENDS: Final = ("hung_up", "leaving", "too_slow", "took_nothing")
+STREAM_ENDS: Final = ("ask_again", "hung_up", "leaving", "too_slow", "took_nothing")
 """How a stream of /v1/changes ends: the follower went, we go, it fell behind what is kept, or took nothing."""
 RELOADS: Final = ("applied", "partial", "refused")
 """What becomes of a configuration that is read again."""

@@ -76,7 +76,7 @@ class PositionEvent(msgspec.Struct, frozen=True):
 
 
 class EndEvent(msgspec.Struct, frozen=True):
-    """The stream ends here (`too_slow`, `leaving`); come back with the last position."""
+    """The stream ends here (`too_slow`, `leaving`, `ask_again`); come back with the last position."""
 
     code: str
 

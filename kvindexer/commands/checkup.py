@@ -218,6 +218,7 @@ def findings(health: Mapping[str, Any], sources: Sequence[Source], version: str,
         *(_of_sources(check, sources) for check in SOURCE_CHECKS),
         _identities(sources),
         _store(health["store"]),
+        *_access(health.get("access", ())),
         Finding("ok", "clocks", "not needed: no time of another machine is ever compared"),
     ]
 
@@ -296,6 +297,11 @@ def _identities(sources: Sequence[Source]) -> Finding:
 
 def _alike(what: str, groups: Iterable[set[str]]) -> list[str]:
     return [f"{what} {', '.join(sorted(group))} differ only in spelling" for group in groups if len(group) > 1]
+
+
+def _access(problems: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Files and servers that decide who comes in: only what is wrong with them is worth a line."""
+    return [Finding("warn", "access", problem["message"], problem["hint"]) for problem in problems]
 
 
 def _store(store: Mapping[str, Any]) -> Finding:
