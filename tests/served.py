@@ -42,6 +42,11 @@ class Served:
             time.sleep(0.01)
         self.port = int(address)
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process is not None and self._process.poll() is None
+
     def tell(self, number: signal.Signals) -> None:
         """Send a signal."""
         assert self._process is not None

@@ -330,16 +330,6 @@ def test_a_signal_before_the_service_runs_is_not_lost_and_does_not_end_it(config
         sender.join()
 
 
-def test_sighup_during_the_farewell_does_not_cut_it_short(configured: Configured) -> None:
-    configured.write(drain_s=0.5)
-    configured.service.start()
-    configured.service.tell(signal.SIGTERM)
-    for _ in range(5):
-        configured.service.tell(signal.SIGHUP)
-        time.sleep(0.02)
-    assert configured.service.wait() == 0
-
-
 def test_a_removed_engine_that_lists_its_publishers_takes_them_along() -> None:
     """Beside real sockets: a listing of the settings has a name of its own, and can be given up."""
     listing = SourceSpec(instance="a", model="m", block_size=4, endpoint="http://127.0.0.1:9")

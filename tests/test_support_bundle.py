@@ -181,6 +181,39 @@ def test_another_program_at_the_address_is_noted(bundle: Bundle, monkeypatch: py
     assert "environment.json" in parts or "environment.json" in missing
 
 
+def test_secrets_that_answers_repeat_are_hidden(bundle: Bundle, tmp_path: Path) -> None:
+    """What is known to be one is looked for in every text, whatever the service says it for."""
+    token, salt, key = f"token-{MARK}", f"salt-{MARK}", f"key-{MARK}"
+    token_file, file = tmp_path / "token", tmp_path / "kvindexer.yaml"
+    token_file.write_text(token)
+    source = {"instance": "a", "model": "m", "block_size": 4, "endpoint": "tcp://a:1", "additional_salt": salt}
+    file.write_text(yaml.safe_dump({"sources": [source], "tokenizer_api_key": key}))
+
+    class Talkative(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            shown = self.headers["authorization"].removeprefix("Bearer ")
+            body = json.dumps({"why": f"{shown}, {salt} and {key} at http://me:{MARK}@h/"}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer((HOST, 0), Talkative) as server:
+        thread = Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            url = f"http://{HOST}:{server.server_port}"
+            _, parts, said = bundle("--url", url, "--token-file", token_file, "--config", file, "--with-names")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert f"{HIDDEN}, {HIDDEN} and {HIDDEN} at".encode() in parts["service/health.json"]
+    assert MARK.encode() not in b"".join(parts.values())
+    assert MARK not in said
+
+
 def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "there"
     out.write_text("precious")
