@@ -108,7 +108,7 @@ def test_who_follows_the_changes_is_told_and_holds_nobody_up(service: Served, nu
 
 def test_the_end_is_bounded_whoever_does_not_let_go(tmp_path: Path) -> None:
     """A client that sends half a request, a Redis that doesn't answer any more, an engine that never answers."""
-    grace_s = 1.0
+    drain_s, grace_s = 0.2, 1.0
     with ExitStack() as stack:
         redis = stack.enter_context(Server())
         proxy = stack.enter_context(FaultProxy(HOST, redis.port))
@@ -117,7 +117,7 @@ def test_the_end_is_bounded_whoever_does_not_let_go(tmp_path: Path) -> None:
         service = Served(
             tmp_path,
             "held",
-            *("--set", f"drain_s={DRAIN_S}", "--set", f"shutdown_grace_s={grace_s}"),
+            *("--set", f"drain_s={drain_s}", "--set", f"shutdown_grace_s={grace_s}"),
             *("--set", "store_timeout_s=60", "--set", "receive_timeout_s=60", "--set", "sync_deadline_s=1"),
             *("--store", f"redis://{HOST}:{proxy.port}"),
             *("--source", f"instance=a,model=m,block_size=16,endpoint={engine.endpoint}"),
@@ -137,4 +137,4 @@ def test_the_end_is_bounded_whoever_does_not_let_go(tmp_path: Path) -> None:
             service.tell(signal.SIGHUP)  # somebody who wants the settings read again doesn't cut it short
             time.sleep(0.05)
         assert service.wait() == 0
-        assert DRAIN_S <= time.monotonic() - began < DRAIN_S + 2 * grace_s + 1.2
+        assert time.monotonic() - began < drain_s + 2 * grace_s + 1.8, "the engine's five seconds would be longer"
