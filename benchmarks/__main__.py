@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from benchmarks import match, measure, report, services, store, store_report
+from benchmarks import costs, match, match_report, measure, report, services, store, store_report
 from benchmarks.arena import Arena, Running
 from benchmarks.measure import Effort
+from benchmarks.process import Neighbours
 from benchmarks.services import Contender
 from benchmarks.workload import Scale
 
@@ -101,10 +102,14 @@ def main(arguments: list[str] | None = None) -> int:
         if mine is None:
             print("the section match is of kvindexer, which is not installed", file=sys.stderr)
             return 1
-        match_effort = match.QUICK if options.quick else match.MatchEffort()
+        match_effort, cost_effort = (
+            (match.QUICK, costs.QUICK) if options.quick else (match.MatchEffort(), costs.CostEffort())
+        )
         if n := options.rounds:
-            match_effort = replace(match_effort, rounds=n)
-        print(match.text(match.run(mine, match_effort)))
+            match_effort, cost_effort = replace(match_effort, rounds=n), replace(cost_effort, rounds=n)
+        neighbours = Neighbours()
+        ways, told = match.run(mine, match_effort), costs.run(mine, cost_effort)
+        finish(match_report.text(mine, ways, told, neighbours), options.write, match_report.MARKERS)
         if not any(section in wanted for section in SECTIONS):
             return 0
     entries = options.entries or (QUICK_ENTRIES if options.quick else Scale.entries)

@@ -2,7 +2,7 @@
 
     prompt      8,192 tokens, 100 engines: /query, and /v1/match with the prompt in each of its ways
     long        100,000 tokens (6,250 blocks), 100 candidates, each of which holds some of them
-    batch       64 prompts in one call, and in 64 calls
+    batch       64 prompts in one call, and in 64 calls: each unlike all others, and with a beginning that all share
 
 Every answer is compared with the oracle.  Ratios are of the same round, since times move with the machine.
 """
@@ -23,7 +23,7 @@ from benchmarks.arena import Arena, Running
 from benchmarks.client import BY_TOKENS, MODEL, Connection, body_of, is_right, request_of
 from benchmarks.measure import turns
 from benchmarks.results import percentiles
-from benchmarks.workload import BLOCK_SIZE, Query, Run, Scale
+from benchmarks.workload import BLOCK_SIZE, QUERY_BLOCKS, Query, Run, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,11 +35,15 @@ ENTRIES: Final = 200_000
 LONG_BLOCKS: Final = 6_250
 BATCH: Final = 64
 SHORT_BLOCKS: Final = 64
+HOLDERS: Final = 8
+"""Engines that hold a part of a batch's prompt which is its own."""
 MSGPACK: Final = "application/msgpack"
 
 QUERY: Final = "/query"
 TOKENS, PACKED, KEYS, BINARY = "tokens", "tokens_b64", "keys_b64", "tokens_b64, msgpack"
 LONG: Final = "100,000 tokens, 100 candidates"
+DISTINCT, SHARED = "distinct", "half of it shared"
+ONE_BY_ONE: Final = ", one by one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +103,10 @@ def run(contender: Contender, effort: MatchEffort) -> Samples:
         running.play(arena.initial, 0)
         prompts = arena.workload.shared_queries()
         long = _long(arena, running)
+        batches = _all_batches(arena, running)
         with running.connect() as connection:
             plans = [_ways(arena, prompts, connection), {LONG: ([_match(arena, long, candidates=True)], 0)}]
-        for name, blocks in ((_batch_name(SHORT_BLOCKS), SHORT_BLOCKS), (_batch_name(len(prompts[0].blocks)), None)):
-            plans.append(_batches(arena, name, prompts, blocks))
+        plans += [_batch(arena, name, queries) for name, queries in batches.items()]
         for turn in range(effort.rounds):
             print(f"[{time.strftime('%X')}] match: round {turn + 1} of {effort.rounds}", file=sys.stderr)
             for plan in plans:
@@ -120,12 +124,12 @@ def _measure(samples: Samples, running: Running, name: str, asks: Sequence[Ask],
     times, answers = [], []
     with running.connect() as connection:
         connection.ask(asks[0].request)
-        cpu = running.service.cpu_s()
+        cpu = running.service.worked_s()
         for i in range(count):
             took, answer = connection.timed(asks[i % len(asks)].request)
             times.append(took / asks[i % len(asks)].prompts)
             answers.append(answer)
-        cpu = running.service.cpu_s() - cpu
+        cpu = running.service.worked_s() - cpu
     p50, p99 = percentiles(times)
     samples.p50_ms[name].append(p50)
     samples.p99_ms[name].append(p99)
@@ -156,22 +160,43 @@ def _ways(arena: Arena, prompts: Sequence[Query], connection: Connection) -> dic
     }
 
 
-def _batches(
-    arena: Arena, name: str, prompts: Sequence[Query], blocks: int | None
-) -> dict[str, tuple[list[Ask], int]]:
-    """Prompts, cut to so many blocks, in one call and in as many as there are."""
-    many = [prompts[i % len(prompts)] for i in range(BATCH)]
-    cut = [Query(one.blocks[:blocks], arena.workload.answer(one.blocks[:blocks])) for one in many]
-    body = {"model": MODEL, "candidates": _candidates(), "prompts": [{PACKED: _packed(arena, one)} for one in cut]}
+def _all_batches(arena: Arena, running: Running) -> dict[str, list[Query]]:
+    """Prompts of which some engines hold a part, for every kind of batch."""
+    workload, rng = arena.workload, arena.workload.rng
+    streams: list[list[Run]] = [[] for _ in range(ENGINES)]
+    batches: dict[str, list[Query]] = {}
+    for blocks in (SHORT_BLOCKS, QUERY_BLOCKS):
+        for kind in (DISTINCT, SHARED):
+            beginning = workload.blocks.grow(blocks // 2 if kind == SHARED else 0)
+            for engine in range(ENGINES if beginning else 0):
+                streams[engine].append(Run(beginning, None))
+            queries = []
+            for _ in range(BATCH):
+                own = workload.blocks.grow(blocks - len(beginning))
+                expected = dict.fromkeys(range(ENGINES), len(beginning) * BLOCK_SIZE) if beginning else {}
+                for engine in rng.sample(range(ENGINES), HOLDERS):
+                    depth = rng.randint(1, len(own))
+                    streams[engine].append(Run(own[:depth], beginning[-1] if beginning else None))
+                    expected[engine] = (len(beginning) + depth) * BLOCK_SIZE
+                queries.append(Query([*beginning, *own], expected))
+            batches[f"{BATCH} prompts of {blocks * BLOCK_SIZE:,} tokens, {kind}"] = queries
+    stores = [list(messages.stores_of(workload, engine, runs)) for engine, runs in enumerate(streams)]
+    running.play(arena.spool(messages.interleave(stores)), 0)
+    return batches
+
+
+def _batch(arena: Arena, name: str, queries: Sequence[Query]) -> dict[str, tuple[list[Ask], int]]:
+    """The same prompts in one call and in as many as there are."""
+    body = {
+        "model": MODEL,
+        "candidates": _candidates(),
+        "prompts": [{PACKED: _packed(arena, one)} for one in queries],
+    }
     request = request_of("/v1/match/batch", msgspec.json.encode(body))
     return {
-        name: ([Ask(request, lambda answer: _right_batch(answer, cut), BATCH)], 1),
-        f"{name}, one by one": ([_match(arena, one, candidates=True) for one in cut], BATCH),
+        name: ([Ask(request, lambda answer: _right_batch(answer, queries), BATCH)], 1),
+        f"{name}{ONE_BY_ONE}": ([_match(arena, one, candidates=True) for one in queries], BATCH),
     }
-
-
-def _batch_name(blocks: int) -> str:
-    return f"{BATCH} prompts of {blocks * BLOCK_SIZE:,} tokens"
 
 
 def _packed(arena: Arena, query: Query) -> bytes:
@@ -220,23 +245,3 @@ def _right(answer: _Rows, query: Query) -> bool:
 def _right_batch(answer: bytes, queries: Sequence[Query]) -> bool:
     results = msgspec.json.decode(answer, type=_Results).results
     return all(_right(result, query) for result, query in zip(results, queries, strict=True))
-
-
-def text(samples: Samples) -> str:
-    """Build the report: a table of times, and the ratios that matter."""
-    lines = [
-        "| POST /v1/match, 100 engines | p50, ms a prompt | p99 | CPU, us a prompt | p50 to that of /query |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name in samples.p50_ms:
-        p50, p99 = median(samples.p50_ms[name]), median(samples.p99_ms[name])
-        to_query = f"{samples.ratio(name, QUERY):.2f}" if name in {TOKENS, PACKED, BINARY, KEYS} else ""
-        lines.append(f"| {name} | {p50:.2f} | {p99:.2f} | {median(samples.cpu_us[name]):,.0f} | {to_query} |")
-    batches = [name for name in samples.p50_ms if f"{name}, one by one" in samples.p50_ms]
-    told = [
-        f"{name} in one call: {samples.ratio(name, f'{name}, one by one'):.2f} of the time and "
-        f"{samples.ratio(name, f'{name}, one by one', 'cpu_us'):.2f} of the CPU of {BATCH} calls."
-        for name in batches
-    ]
-    right = f"Right answers: {samples.right:,} of {samples.checked:,}."
-    return "\n".join([*lines, "", *(f"- {line}" for line in [*told, right])])

@@ -29,6 +29,12 @@ def cpu_s(pid: int) -> float:
     return ticks / _TICK
 
 
+def worked_s(pid: int) -> float:
+    """CPU seconds that the living threads had so far: to the nanosecond, where `cpu_s` counts hundredths."""
+    paths = (path for process in descendants(pid) for path in Path(f"/proc/{process}/task").glob("*/schedstat"))
+    return sum(int(path.read_text().split()[0]) for path in paths) / 1e9
+
+
 def rss_mb(pid: int) -> float:
     """Resident memory, in 10^6 bytes."""
     pages = sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in descendants(pid))

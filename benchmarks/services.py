@@ -38,6 +38,8 @@ class Contender:
     python: str
     arguments: tuple[str, ...]
     version: str
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables that it is started with besides ours."""
 
     def command(self, port: int) -> list[str]:
         """Command line of the service."""
@@ -80,7 +82,7 @@ class Service:
             self.port: int = probe.getsockname()[1]
         self.name = contender.name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        quiet = {**os.environ, "DYN_LOG": "warn"}
+        quiet = {**os.environ, "DYN_LOG": "warn", **dict(contender.environment)}
         command = contender.command(self.port)
         self.started = time.monotonic()
         self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, env=quiet)
@@ -138,6 +140,10 @@ class Service:
     def cpu_s(self) -> float:
         """CPU seconds used so far."""
         return process.cpu_s(self._process.pid)
+
+    def worked_s(self) -> float:
+        """The same, finer, of threads that still run."""
+        return process.worked_s(self._process.pid)
 
     def rss_mb(self) -> float:
         """Resident memory now."""
