@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import threading
@@ -34,6 +35,12 @@ def ask(connection: HTTPConnection, path: str) -> tuple[int, str | None]:
     answer = connection.getresponse()
     answer.read()
     return answer.status, answer.getheader("connection")
+
+
+def status(port: int, path: str) -> int:
+    """Of an answer on a connection of its own."""
+    with closing(HTTPConnection(HOST, port)) as connection:
+        return ask(connection, path)[0]
 
 
 def test_at_sigterm_ready_is_503_and_queries_are_answered_until_the_time_is_over(service: Served) -> None:
@@ -104,6 +111,27 @@ def test_who_follows_the_changes_is_told_and_holds_nobody_up(service: Served, nu
         assert stream.read().endswith(b'event: end\ndata: {"code":"leaving"}\n\n')
     assert service.wait() == 0
     assert time.monotonic() - began < DRAIN_S + 2
+
+
+def test_probes_on_a_port_of_their_own_hear_of_it_at_once_and_until_the_end(tmp_path: Path) -> None:
+    """503 at /ready and 200 at /health for as long as queries are answered: that port doesn't close before them."""
+    service = Served(tmp_path, "probed", "--set", f"drain_s={DRAIN_S}", "--set", "probe_port=0")
+    service.start()
+    try:
+        (port,) = re.findall(rf"probes on http://{HOST}:(\d+)", service.log)
+        assert status(int(port), "/ready") == 200
+        began = time.monotonic()
+        service.tell(signal.SIGTERM)
+        while status(int(port), "/ready") == 200:
+            assert time.monotonic() - began < DRAIN_S
+        while time.monotonic() - began < 0.8 * DRAIN_S:
+            assert status(int(port), "/ready") == 503
+            assert status(int(port), "/health") == 200
+            assert status(service.port, "/v1/sources") == 200
+            time.sleep(0.1)
+        assert service.wait() == 0
+    finally:
+        service.close()
 
 
 def test_the_end_is_bounded_whoever_does_not_let_go(tmp_path: Path) -> None:
