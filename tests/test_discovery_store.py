@@ -149,17 +149,62 @@ def test_a_source_that_is_lost_and_found_again_in_the_same_life_is_kept_again(
         asyncio.run(scenario())
 
 
+def test_a_registration_with_one_replica_takes_the_pod_over_at_all_and_gives_it_back(
+    one: EnginePod, redis_server: Server, tmp_path: Path
+) -> None:
+    with KubeApi() as api:
+        settings = {"discovery": "kubernetes", "discovery_kubeconfig": str(api.kubeconfig(tmp_path))}
+        api.put("pods", annotated(one))
+
+        async def scenario() -> None:
+            async with (
+                replica(redis_server.url, **settings) as first,
+                replica(redis_server.url, name="b", **settings) as second,
+            ):
+
+                def everywhere(*, alive: bool) -> bool:
+                    seen = [list(each.fleet.sources().values()) for each in (first, second)]
+                    return all(len(specs) == 1 and bool(specs[0].life) == alive for specs in seen)
+
+                for _ in range(2):
+                    await until("found", lambda: everywhere(alive=True))
+                    mine = SourceSpec(instance="mine", model="m", block_size=4, endpoint=one.engine.endpoint)
+                    assert first.fleet.register(mine)
+                    await until("taken over", lambda: everywhere(alive=False))
+                    assert second.fleet.found == {}
+                    assert second.fleet.unregister("mine") == [mine]
+                await until("given back", lambda: everywhere(alive=True))
+                await asyncio.to_thread(one.engine.wait_for_subscribers, 2)
+                one.engine.run_request([1] * 30)
+                await until("heard", lambda: equal(first, one.engine) and equal(second, one.engine))
+                await stored(first, len(truth(one.engine)))
+
+        asyncio.run(scenario())
+
+
 # The directory, without I/O
 
 SPEC = b'{"life": "u/1"}'
 
 
+def found_line(directory: Directory) -> None:
+    """A found source whose line was written."""
+    directory.note_found("s", SPEC)
+    (wish,) = directory.wanted()
+    assert (wish.kind, wish.spec) == (Kind.FOUND, SPEC)
+    directory.written(wish, 5)
+    assert directory.wanted() == []
+
+
 def test_a_line_of_a_life_that_is_over_is_not_published_again() -> None:
     directory = Directory()
+    directory.note_found("s", SPEC)
+    assert directory.wanted() == []  # it may stand there
     directory.merge({})
-    directory.note_local("s", SPEC)
-    (line,) = directory.wanted()
-    directory.written(line, 5)
+    found_line(directory)
+    assert directory.merge({}) == []
+    assert [(wanted.kind, wanted.generation) for wanted in directory.wanted()] == [(Kind.LOCAL, 5)]  # Redis lost it
+    directory.written(directory.wanted()[0], 5)
     directory.drop("s", SPEC)
     (wish,) = directory.wanted()
     assert (wish.kind, wish.spec) == (Kind.DROPPED, SPEC)
@@ -167,26 +212,59 @@ def test_a_line_of_a_life_that_is_over_is_not_published_again() -> None:
     assert directory.merge({}) == []
     assert directory.wanted() == []
     assert directory.generation("s") == 6
-    directory.note_local("s", b"another life")
-    assert [wanted.kind for wanted in directory.wanted()] == [Kind.LOCAL]
 
 
-def test_what_somebody_has_registered_stays_when_a_found_source_ends() -> None:
+def test_what_somebody_has_registered_is_not_touched_by_what_was_found() -> None:
     directory = Directory()
     directory.merge({"s": Line(7, Kind.REGISTERED, b"{}")})
+    directory.note_found("s", SPEC)
+    assert directory.wanted() == []
     directory.drop("s", SPEC)
     assert directory.wanted() == []
-    directory.want("t", Kind.REGISTERED, b"{}")
-    directory.drop("t", SPEC)
-    assert [wanted.kind for wanted in directory.wanted()] == [Kind.REGISTERED]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_registration_that_comes_first_is_heard_by_who_wished_for_another_line(*, ends: bool) -> None:
+    """Its line was there already when ours was to be written: Redis says 0, and the next look brings it."""
+    directory = Directory()
+    directory.merge({})
+    found_line(directory) if ends else directory.note_found("s", SPEC)
+    if ends:
+        directory.drop("s", SPEC)
+    (wish,) = directory.wanted()
+    directory.written(wish, 0)
+    line = Line(9, Kind.REGISTERED, b"{}")
+    assert directory.merge({"s": line}) == [("s", line)]
+    assert directory.wanted() == []
+
+
+def test_a_registration_that_is_read_before_a_wish_is_written_is_news() -> None:
+    directory = Directory()
+    directory.merge({})
+    found_line(directory)
+    directory.drop("s", SPEC)
+    line = Line(9, Kind.REGISTERED, b"{}")
+    assert directory.merge({"s": line}) == [("s", line)]
+    assert directory.wanted() == []
 
 
 def test_the_next_life_at_a_place_takes_the_line_of_the_one_before() -> None:
     directory = Directory()
     directory.merge({"s": Line(7, Kind.LOCAL, SPEC)})
     directory.drop("s", SPEC)
-    directory.note_local("s", b"next")
-    assert [(wanted.kind, wanted.spec) for wanted in directory.wanted()] == [(Kind.LOCAL, b"next")]
+    directory.note_found("s", b"next")
+    assert [(wanted.kind, wanted.spec) for wanted in directory.wanted()] == [(Kind.FOUND, b"next")]
+
+
+def test_what_is_found_again_has_a_line_again_once_everybody_was_told_of_the_unregistration() -> None:
+    directory = Directory()
+    directory.merge({"s": Line(7, Kind.REGISTERED, b"{}")})
+    directory.want("s", Kind.REMOVED, b"{}")
+    directory.note_found("s", SPEC)
+    (wish,) = directory.wanted()
+    assert wish.kind is Kind.REMOVED
+    directory.written(wish, 8)
+    assert [wanted.kind for wanted in directory.wanted()] == [Kind.FOUND]
 
 
 def test_a_life_is_a_shard_of_its_own_and_sources_without_one_keep_theirs() -> None:

@@ -8,7 +8,11 @@ directory never reads as "all unregistered".
     removed      unregistered with one replica, for all
     local        follows from a replica's own settings, its discovery or an engine's list; here only so that readers
                  find its shard
-    dropped      not a line, but the wish that a local one be none: the life that it names is over
+
+Two wishes are no lines, and never touch what somebody has registered:
+
+    found        a local line for a source that discovery has found
+    dropped      no local line any more: the life that it names is over
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ class Kind(StrEnum):
     REGISTERED = "registered"
     REMOVED = "removed"
     LOCAL = "local"
+    FOUND = "found"
     DROPPED = "dropped"
 
 
@@ -79,6 +84,8 @@ class Directory:
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
         self._wanted: dict[str, Wanted] = {}
+        self._found: dict[str, bytes] = {}
+        """What discovery follows here; each should have its line, unless somebody has registered it."""
         self._was_read = False
 
     def want(self, source: str, kind: Kind, spec: bytes) -> None:
@@ -87,27 +94,43 @@ class Directory:
 
     def note_local(self, source: str, spec: bytes) -> None:
         """A source is followed that nobody registered over HTTP."""
-        known, wanted = self._lines.get(source), self._wanted.get(source)
-        free = wanted is None or wanted.kind is Kind.DROPPED
-        if free and (known is None or (known.kind, known.spec) != (Kind.REGISTERED, spec)):
+        known = self._lines.get(source)
+        if source not in self._wanted and (known is None or (known.kind, known.spec) != (Kind.REGISTERED, spec)):
             self.want(source, Kind.LOCAL, spec)
 
+    def note_found(self, source: str, spec: bytes) -> None:
+        """A source is followed that discovery has found; its line takes the place of the life before it."""
+        self._found[source] = spec
+        wanted = self._wanted.get(source)
+        if wanted is not None and wanted.kind is Kind.DROPPED:
+            del self._wanted[source]
+
     def drop(self, source: str, spec: bytes) -> None:
-        """What a local line says is over; a line that somebody has registered since stays."""
+        """The life of a found source is over."""
+        self._found.pop(source, None)
         known, wanted = self._lines.get(source), self._wanted.get(source)
-        named = Kind.REGISTERED in (known and known.kind, wanted and wanted.kind)
-        if not named:
+        if wanted is None and (known is None or known.kind is not Kind.REGISTERED):
             self.want(source, Kind.DROPPED, spec)
 
     def wanted(self) -> list[Wanted]:
         """What has to be written; before the directory was read, nothing that may stand there better already."""
-        return [wanted for wanted in self._wanted.values() if self._was_read or wanted.kind is not Kind.LOCAL]
+        listed = [wanted for wanted in self._wanted.values() if self._was_read or wanted.kind is not Kind.LOCAL]
+        for source, spec in self._found.items() if self._was_read else ():
+            known = self._lines.get(source)
+            good = known is not None and (
+                known.kind is Kind.REGISTERED or (known.kind, known.spec) == (Kind.LOCAL, spec)
+            )
+            if not good and source not in self._wanted:
+                listed.append(Wanted(source, Kind.FOUND, spec, None))
+        return listed
 
     def written(self, wanted: Wanted, generation: int) -> None:
-        """It is there, as this generation."""
+        """It is there, as this generation; 0: it is not, for another line is there."""
         if self._wanted.get(wanted.source) == wanted:
             del self._wanted[wanted.source]
-        self._keep(wanted.source, Line(generation, wanted.kind, wanted.spec))
+        if generation:
+            kind = Kind.LOCAL if wanted.kind is Kind.FOUND else wanted.kind
+            self._keep(wanted.source, Line(generation, kind, wanted.spec))
 
     def generation(self, source: str) -> int:
         """The newest generation known of a source; 0 if there is none."""
@@ -119,8 +142,9 @@ class Directory:
         self._was_read = True
         for source, line in found.items():
             wanted = self._wanted.get(source)
-            registered = line.kind is Kind.REGISTERED
-            if wanted is not None and wanted.kind is Kind.LOCAL and registered and wanted.spec == line.spec:
+            if wanted is None or line.kind is not Kind.REGISTERED:
+                continue
+            if wanted.kind is Kind.DROPPED or (wanted.kind, wanted.spec) == (Kind.LOCAL, line.spec):
                 del self._wanted[source]
         news = [(source, line) for source, line in found.items() if line.generation > self.generation(source)]
         for source, line in news:

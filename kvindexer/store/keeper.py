@@ -162,7 +162,8 @@ class RedisKeeper:
             shard.load_tried(time.monotonic())
         self._kept[source] = kept = KeptSource(source, spec, stream, shard, dial)
         self._share_out()
-        self._directory.note_local(source, kept.packed_spec)
+        note = self._directory.note_found if spec.life else self._directory.note_local
+        note(source, kept.packed_spec)
         if not self._reachable:
             self._dial(kept)
             return
@@ -329,7 +330,7 @@ class RedisKeeper:
             )
             self._directory.written(wanted, generation)
             kept = self._kept.get(wanted.source)
-            if kept is not None and wanted.kind is not Kind.REMOVED:
+            if kept is not None and wanted.kind is not Kind.REMOVED and generation:
                 kept.shard.registration = generation
 
     async def _news(self) -> list[tuple[str, Line]]:
