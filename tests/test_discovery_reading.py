@@ -10,7 +10,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kube_api import V1, V1ALPHA2, old_pool, pod, pool, restarted
@@ -378,6 +378,7 @@ def pods(draw: st.DrawFn) -> Pod:
     )
 
 
+@settings(max_examples=60)
 @given(st.lists(pods(), max_size=6, unique_by=lambda each: each.uid), st.randoms(use_true_random=False))
 def test_whatever_pods_say_the_plan_is_sound_and_does_not_depend_on_their_order(
     chosen: list[Pod], dice: random.Random
@@ -406,14 +407,14 @@ def blocks(section: str) -> list[Any]:
 def test_the_pod_of_the_page_becomes_the_source_that_the_page_says(tmp_path: Path) -> None:
     example, configuration = blocks("A complete example")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(configuration))
-    settings = load_settings(tmp_path / "config.yaml", {}, {})
+    loaded = load_settings(tmp_path / "config.yaml", {}, {})
     example["status"] = pod("x", "10.0.0.7")["status"]
     example["status"]["containerStatuses"][0]["name"] = example["spec"]["containers"][0]["name"]
     found = as_pod(example)
-    question = read_pod(found, settings)
+    question = read_pod(found, loaded)
     assert isinstance(question, Ask)
     assert question[2:] == ("http://10.0.0.7:8000", True, False)
-    spec = one(read_pod(found, settings, (), Answer("Qwen/Qwen3-32B", lists=False)))
+    spec = one(read_pod(found, loaded, (), Answer("Qwen/Qwen3-32B", lists=False)))
     assert (spec.instance, spec.model) == ("10.0.0.7:8000", "Qwen/Qwen3-32B")
     assert (spec.endpoint, spec.replay) == ("tcp://10.0.0.7:5556", "tcp://10.0.0.7:5657")
 

@@ -391,6 +391,7 @@ class LiveFleet:
     def _disown(self, name: str) -> None:
         self._configured.discard(name)
         self._asked_for.discard(name)
+        self._found.pop(name, None)
 
     # Found
 

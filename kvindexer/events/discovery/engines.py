@@ -31,6 +31,8 @@ MODELS: Final = "/v1/models"
 RETRY_MIN_S: Final = 0.5
 RETRY_MAX_S: Final = 15.0
 MAX_AT_ONCE: Final = 32
+MAX_NAME: Final = 1024
+"""Longest name of a model that is believed."""
 _MAX_BYTES: Final = 1 << 20
 _SERVER_ERROR: Final = 500
 _NO_CERTIFICATES: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -57,7 +59,7 @@ class _SilentError(Exception):
 def model_of(body: bytes) -> str | None:
     """The model that an engine serves; adapters have a parent.  Raises msgspec.MsgspecError."""
     models = _read_models(body).data
-    return next((one.id for one in models if not one.parent and one.id), None)
+    return next((one.id for one in models if not one.parent and 0 < len(one.id) <= MAX_NAME), None)
 
 
 class Engines:

@@ -30,6 +30,7 @@ from kvindexer.events.discovery.selectors import Requirement, parse_selector
 from kvindexer.events.discovery.watching import Keeping, Tally, Watched
 from kvindexer.events.finding import Findable, FindingFigures, FindingProblem
 from kvindexer.settings.discovering import Discovering
+from kvindexer.types import SourceSpec
 
 _log = logging.getLogger(__name__)
 
@@ -89,8 +90,11 @@ class KubernetesFinder:
             self._pools += [self._pool(namespace, name) for namespace in ([own] if own else namespaces)]
         loops = [*(one.run() for one in self._watched), *(one.run() for one in self._pools), self._loop(fleet)]
         tasks = [asyncio.create_task(loop, name=f"kvindexer-discovery {n}") for n, loop in enumerate(loops)]
-        shown = rules.discovery_selector or "no selector"
-        _log.info("discovery: %s in %s; pools: %s", shown, ", ".join(namespaces), ", ".join(rules.discovery_pools))
+        shown = [
+            *([rules.discovery_selector] if selector else []),
+            *(f"pool {pool}" for pool in rules.discovery_pools),
+        ]
+        _log.info("discovery: looking for pods of %s in %s", "; ".join(shown), ", ".join(namespaces))
         try:
             yield
         finally:
@@ -158,6 +162,7 @@ class KubernetesFinder:
         for endpoint, spec in list(fleet.found.items()):
             wanted = plan.wanted.get(endpoint)
             if wanted is not spec and wanted != spec:
+                _log.info("discovery: %s of pod %s is over (%s)", spec.life, _pod_of(spec), endpoint)
                 fleet.lose(endpoint)
         self._refused = {}
         for endpoint, spec in plan.wanted.items():
@@ -166,6 +171,8 @@ class KubernetesFinder:
                     fleet.find(spec)
                 except KvIndexerError as error:
                     self._refused[endpoint] = _refusal(plan.owners[endpoint], error)
+                else:
+                    _log.info("discovery: %s of pod %s is followed (%s)", spec.life, plan.owners[endpoint], endpoint)
         self._followed = len({plan.owners[endpoint] for endpoint in fleet.found})
         self._informed = self._informed or (self._all_listed() and self._engines.tried)
         self._tell()
@@ -204,6 +211,10 @@ _SAID_ELSEWHERE: Final = frozenset({
     "refused", "server_error", "credentials", "unreadable", "cut",
 })  # fmt: skip
 """What whoever found it has logged already."""
+
+
+def _pod_of(spec: SourceSpec) -> str:
+    return next((name for name in spec.aliases if "/" in name), spec.instance)
 
 
 def _refusal(owner: str, error: KvIndexerError) -> FindingProblem:
