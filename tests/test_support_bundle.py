@@ -221,6 +221,8 @@ def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert out.read_text() == "precious"
     assert "exists" in capsys.readouterr().err
     assert main(["support-bundle", "--out", str(tmp_path / "no" / "where")]) == 2
+    assert main(["support-bundle", "--url", "nowhere", "--out", str(tmp_path / "half")]) == 2
+    assert not (tmp_path / "half").exists()
 
 
 def test_a_token_that_cannot_be_read_is_refused_without_being_shown(

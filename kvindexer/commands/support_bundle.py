@@ -27,6 +27,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote
 
@@ -69,8 +70,12 @@ def run(options: Namespace) -> int:
     redaction.hide([way.token])
     bundle = _Bundle(options.url, way, redaction)
     with _new_file(options) as file:
-        gathered = bundle.gather(_settings(options))
-        size = _write(file, gathered, bundle.manifest(gathered))
+        try:
+            gathered = bundle.gather(_settings(options))
+            size = _write(file, gathered, bundle.manifest(gathered))
+        except BaseException:
+            options.out.unlink()  # half a bundle would be taken for a whole one
+            raise
     for name, why in gathered.missing.items():
         print(f"kvindexer: not in the bundle: {name}: {why}", file=sys.stderr)
     print(f"{options.out}: {len(gathered.parts) + 1} parts, {size} bytes")
@@ -98,7 +103,7 @@ class _Bundle:
         """All parts; names of tenants and secrets are learnt first, and hold for every part."""
         raw: dict[str, Any] = {"environment.json": environment()}
         missing: dict[str, str] = {}
-        for name, get in (*self._local(load, missing), *self._remote(raw)):
+        for name, get in chain(self._local(load, missing), self._remote(raw)):
             try:
                 found = get()
             except (KvIndexerError, LookupError, TypeError, AttributeError) as error:
@@ -147,18 +152,18 @@ class _Bundle:
             yield "store.json", lambda: asyncio.run(_store(settings))
 
     def _remote(self, raw: dict[str, Any]) -> Iterator[_Part]:
-        """What the service says; once it can't be reached, it is asked no more."""
-        yield "service/health.json", lambda: self._get("/health")
-        if "service/health.json" not in raw and not self._answers():
-            for name in ("ready.json", "sources.json", "metrics.txt", "version.json", "tiers.json"):
-                yield f"service/{name}", self._silent
-            yield "doctor.json", self._doctor
-            return
-        yield "service/ready.json", self._ready
-        yield "service/sources.json", lambda: self._get("/v1/sources")
-        yield "service/metrics.txt", self._metrics
-        yield "service/version.json", self._version
-        yield "service/tiers.json", lambda: self._tiers(raw)
+        """What the service says; one that can't be reached is not asked for every part."""
+        asked: dict[str, Callable[[], Any]] = {
+            "health.json": lambda: self._get("/health"),
+            "ready.json": self._ready,
+            "sources.json": lambda: self._get("/v1/sources"),
+            "metrics.txt": self._metrics,
+            "version.json": self._version,
+            "tiers.json": lambda: self._tiers(raw),
+        }
+        answers = self._answers()
+        for name, ask in asked.items():
+            yield f"service/{name}", ask if answers else self._silent
         yield "doctor.json", self._doctor
 
     def _answers(self) -> bool:
