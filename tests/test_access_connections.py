@@ -9,6 +9,7 @@ import struct
 import time
 from contextlib import ExitStack
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +141,43 @@ def test_one_connection_too_many_is_told_to_come_back() -> None:
         until(lambda: not there.server.server_state.connections)
         with there.client() as client:
             assert client.get("/v1/sources").status_code == 200
+
+
+# Bodies of those who are not let in
+
+
+def closed(tmp_path: Path) -> str:
+    path = tmp_path / "tokens.yaml"
+    path.write_text('tokens: [{name: x, token: "a-token-of-the-test", roles: [query]}]')
+    path.chmod(0o600)
+    return str(path)
+
+
+def test_who_sends_a_long_prompt_with_a_wrong_token_is_told_so(tmp_path: Path) -> None:
+    """By a client that sends everything before it reads: what is on the way is read, and forgotten."""
+    with listening(auth_tokens_file=closed(tmp_path), max_body_bytes=2**24) as there:
+        for _ in range(5):
+            connection = HTTPConnection(HOST, there.port, timeout=20)
+            connection.request("POST", "/v1/match", b"x" * 2**23, {"authorization": "Bearer wrong"})
+            assert connection.getresponse().status == 401
+            connection.close()
+
+
+def test_no_more_is_read_of_it_than_of_other_bodies(tmp_path: Path) -> None:
+    """Nor from one who asks first, nor for longer."""
+    chosen: dict[str, Any] = {"auth_tokens_file": closed(tmp_path), "max_body_bytes": 1000, "receive_timeout_s": 0.2}
+    head = b"POST /v1/match HTTP/1.1\r\nhost: x\r\n"
+    for more in (
+        b"content-length: 1001\r\n\r\n",
+        b"content-length: 10\r\nexpect: 100-continue\r\n\r\n",
+        b"content-length: 10\r\n\r\n123",
+        b"transfer-encoding: chunked\r\n\r\n" + b"3e9\r\n" + b"x" * 1001 + b"\r\n",
+    ):
+        with listening(**chosen) as there, there.dial() as connection:
+            connection.sendall(head + more)
+            said = heard(connection)
+            assert b"100 Continue" not in said
+            assert refusal(said)[0] == 401
 
 
 # Headers

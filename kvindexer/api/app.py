@@ -215,7 +215,13 @@ def create_app(
     rates = None if settings.max_requests_per_s is None else Rates(settings.max_requests_per_s, settings.max_callers)
     guard = None if access is None else access.guard
     if guard is not None or rates is not None:
-        app = Doors(app, guard, rates)
+        app = Doors(
+            app,
+            guard,
+            rates,
+            max_body_bytes=settings.max_body_bytes,
+            receive_timeout_s=settings.receive_timeout_s,
+        )
     paths = {route.path for router in routers for route in router.routes if isinstance(route, APIRoute)}
     return Shield(app, metrics, paths.union(handlers, calls), RequestLog(settings))
 

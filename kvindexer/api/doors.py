@@ -2,11 +2,12 @@
 
     headers, certificate ─► Guard ─► Identity ─► Door of the path (`access.doors`) ─► Rates ─► inside
 
-What is refused here is refused before its body is read.  Nothing that was presented is logged or sent back.
+What is refused here is refused before its body is looked at.  Nothing that was presented is logged or sent back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from math import ceil
 from time import monotonic
 from typing import Final
@@ -18,6 +19,7 @@ from kvindexer.access.errors import ForbiddenError, UnauthenticatedError, Undeci
 from kvindexer.access.guard import Guard
 from kvindexer.access.identity import ANONYMOUS, Grant, Identity, enter
 from kvindexer.access.rates import Rates, network_of
+from kvindexer.api.body import read_off
 from kvindexer.api.errors import CLOSE, RefusedError
 from kvindexer.api.limits import PROBES, RETRY_AFTER_S
 from kvindexer.errors import RequestError
@@ -32,38 +34,65 @@ _WRONG: Final = (b"www-authenticate", b'Bearer realm="kvindexer", error="invalid
 class Doors:
     """Middleware; without a guard everybody may do everything, without rates as often as he likes."""
 
-    def __init__(self, app: ASGIApp, guard: Guard | None, rates: Rates | None) -> None:
+    def __init__(
+        self, app: ASGIApp, guard: Guard | None, rates: Rates | None, *, max_body_bytes: int, receive_timeout_s: float
+    ) -> None:
         self._app = app
         self._guard = guard
         self._rates = rates
+        self._max_body_bytes = max_body_bytes
+        self._receive_timeout_s = receive_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request in, or raise RequestError."""
         if scope["type"] != "http":
             raise RuntimeError("only HTTP has doors")
+        try:
+            identified = self._pass(scope)
+            if identified is not None:
+                await identified
+        except RequestError:
+            await read_off(scope, receive, self._max_body_bytes, self._receive_timeout_s)
+            raise
+        await self._app(scope, receive, send)
+
+    def _pass(self, scope: Scope) -> Awaitable[None] | None:
+        """Look at the request; awaitable if somebody has to be asked who it is from.  Raises RequestError."""
         path = scope["path"]
         if self._guard is None:
             self._count(path, scope, None)
-        else:
-            door = DOORS.get(path)
-            if door is not None and door.role is None:
-                enter(self._guard.glance(_authorization(scope), scope.get(CERTIFICATE)))
-            else:
-                try:
-                    identity = self._guard.identify(_authorization(scope), scope.get(CERTIFICATE))
-                    if not isinstance(identity, Identity):
-                        # asyncio may hand the context of an earlier request down to this one, and it may be refused
-                        enter(ANONYMOUS)
-                        identity = await identity
-                except RequestError as error:
-                    enter(ANONYMOUS)
-                    self._count(path, scope, None)  # guessing costs as much as asking
-                    raise _refused(error) from None
-                enter(identity)
-                if self._rates is not None:
-                    self._count(path, scope, identity)
-                _open(door, identity)
-        await self._app(scope, receive, send)
+            return None
+        door = DOORS.get(path)
+        if door is not None and door.role is None:
+            enter(self._guard.glance(_authorization(scope), scope.get(CERTIFICATE)))
+            return None
+        try:
+            found = self._guard.identify(_authorization(scope), scope.get(CERTIFICATE))
+        except RequestError as error:
+            raise self._unidentified(path, scope, error) from None
+        if not isinstance(found, Identity):
+            return self._pass_later(found, path, scope)
+        self._pass_as(found, path, scope)
+        return None
+
+    async def _pass_later(self, found: Awaitable[Identity], path: str, scope: Scope) -> None:
+        try:
+            identity = await found
+        except RequestError as error:
+            raise self._unidentified(path, scope, error) from None
+        self._pass_as(identity, path, scope)
+
+    def _pass_as(self, identity: Identity, path: str, scope: Scope) -> None:
+        enter(identity)
+        if self._rates is not None:
+            self._count(path, scope, identity)
+        _open(DOORS.get(path), identity)
+
+    def _unidentified(self, path: str, scope: Scope, error: RequestError) -> RefusedError:
+        """What is said to somebody who is not known; guessing costs as much as asking.  Raises RefusedError."""
+        enter(ANONYMOUS)  # asyncio may have handed the context of an earlier request down to this one
+        self._count(path, scope, None)
+        return _refused(error)
 
     def _count(self, path: str, scope: Scope, identity: Identity | None) -> None:
         if self._rates is None or path in PROBES:
