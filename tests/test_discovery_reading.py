@@ -439,3 +439,13 @@ def test_the_rights_of_the_page_are_those_that_are_used() -> None:
     assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
     groups = [V1.partition("/")[0], V1ALPHA2.partition("/")[0]]
     assert more == [{"apiGroups": groups, "resources": ["inferencepools"], "verbs": ["get", "list", "watch"]}]
+
+
+def test_what_pods_mean_is_found_out_without_io() -> None:
+    """And only one module knows the client library."""
+    folder = Path(reading.__file__).parent
+    for path in folder.glob("*.py"):
+        names = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+        assert not names & {"lightkube", "httpx2"} or path.stem == "cluster", path
+        if path.stem in {"selectors", "pods", "reading", "plan", "collection"}:
+            assert not names & {"asyncio", "httpx", "logging", "os", "pathlib", "socket", "time"}, path
