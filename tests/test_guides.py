@@ -133,7 +133,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-QUICK: Final = {"kubernetes", "tiered-offload", "troubleshooting"}
+QUICK: Final = {"kubernetes", "tiered-offload"}
 """Pages whose commands take a few seconds; the others are run by `make proof`."""
 
 

@@ -134,6 +134,7 @@ def test_probes_on_a_port_of_their_own_hear_of_it_at_once_and_until_the_end(tmp_
         service.close()
 
 
+@pytest.mark.proof
 def test_the_end_is_bounded_whoever_does_not_let_go(tmp_path: Path) -> None:
     """A client that sends half a request, a Redis that doesn't answer any more, an engine that never answers."""
     drain_s, grace_s = 0.2, 1.0
