@@ -110,6 +110,7 @@ NAMES: Final = {
     "to": [namespace("kube-system"), {"ipBlock": {"cidr": "169.254.20.10/32"}}],
     "ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}],
 }
+NAMED: Final = ["kv-events", "kv-replay"]
 API_SERVER: Final = {"ports": at([443, 6443])}
 
 
@@ -123,7 +124,7 @@ def test_without_further_values_the_door_is_open_to_the_namespace_and_to_prometh
         {"from": [namespace("monitoring")], "ports": at([9090])},
         {"from": [{"podSelector": {"matchLabels": test}}], "ports": at([8090, 9090])},
     ]
-    assert spec["egress"] == [NAMES, {"to": [ENGINES], "ports": at([5557, 5657, 8000])}, API_SERVER]
+    assert spec["egress"] == [NAMES, {"to": [ENGINES], "ports": at([5557, 5657, *NAMED, 8000])}, API_SERVER]
 
 
 def test_ports_follow_the_settings_of_service_and_engines() -> None:
@@ -138,18 +139,18 @@ def test_ports_follow_the_settings_of_service_and_engines() -> None:
         {"from": [namespace("gateways")], "ports": at([80])},
         {"from": [namespace("monitoring")], "ports": at([81])},
     ]
-    assert spec["egress"][1] == {"to": [ENGINES], "ports": at([(6000, 6007), (7000, 7007), 8200, 9000])}
+    assert spec["egress"][1] == {"to": [ENGINES], "ports": at([(6000, 6007), (7000, 7007), *NAMED, 8200, 9000])}
 
 
 def test_pods_may_name_their_replay_port_themselves() -> None:
     """It is reached at the usual port, another one, or not at all; the setting of all pods goes before."""
     for values, ports in (
-        ({}, [5557, 5657, 8000]),
-        ({"networkPolicy": {"engines": {"replayPort": 5558}}}, [5557, 5558, 8000]),
-        ({"networkPolicy": {"engines": {"replayPort": None}}}, [5557, 8000]),
-        ({"discovery": {"replayPort": 7000}}, [5557, 7000, 8000]),
+        ({}, [5557, 5657]),
+        ({"networkPolicy": {"engines": {"replayPort": 5558}}}, [5557, 5558]),
+        ({"networkPolicy": {"engines": {"replayPort": None}}}, [5557]),
+        ({"discovery": {"replayPort": 7000}}, [5557, 7000]),
     ):
-        assert policy(values)["egress"][1]["ports"] == at(ports)
+        assert policy(values)["egress"][1]["ports"] == at([*ports, *NAMED, 8000])
 
 
 @pytest.mark.parametrize(
@@ -249,8 +250,8 @@ def test_the_ports_of_events_are_closed_to_all_but_the_indexer() -> None:
     }
     found = [each for each in objects(values) if each["metadata"]["name"] == f"{NAME}-engines"]
     assert [each["metadata"]["namespace"] for each in found] == ["a", "b"]
-    events = at([(5557, 5558), (5657, 5658)])
-    assert policy(values)["egress"][1]["ports"][:2] == events
+    events = at([(5557, 5558), (5657, 5658), *NAMED])
+    assert policy(values)["egress"][1]["ports"][:4] == events
     for each in found:
         assert each["spec"] == {
             "podSelector": {"matchLabels": {"llm-d.ai/inference-serving": "true"}},

@@ -27,10 +27,14 @@ matchLabels:
 {{- list .Values.discovery.eventPort (.Values.discovery.replayPort | default .Values.networkPolicy.engines.replayPort) | compact | toJson -}}
 {{- end -}}
 
-{{/* Events and replay of all ranks. */}}
+{{/* Events and replay of all ranks; where discovery looks, a pod may also have named their ports. */}}
 {{- define "kvindexer.engines.eventPorts" -}}
 {{- $further := sub .Values.networkPolicy.engines.ranks 1 | int -}}
 {{- range include "kvindexer.engines.firstPorts" . | fromJsonArray }}
 - {protocol: TCP, port: {{ . }}{{ if $further }}, endPort: {{ add . $further }}{{ end }}}
+{{- end }}
+{{- if .Values.discovery.enabled }}
+- {protocol: TCP, port: kv-events}
+- {protocol: TCP, port: kv-replay}
 {{- end -}}
 {{- end -}}
