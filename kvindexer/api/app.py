@@ -182,7 +182,7 @@ def create_app(
         redoc_url=None,
     )
     routers = (
-        rfc_sources.routes(fleet, settings.auth_tenant_endpoints),
+        rfc_sources.routes(fleet, rfc_sources.Bounds(settings.auth_tenant_endpoints, settings.bind_endpoints)),
         sources.routes(fleet, metrics, index),
         tiers.routes(fleet),
         heat.routes(heat.HeatViews(index, counts, models)),

@@ -5,9 +5,9 @@ An integer `instance_id` is Dynamo's way and is answered in Dynamo's way; a stri
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -73,8 +73,17 @@ class Worker(msgspec.Struct):
 ANSWERS: Final = (Registered, Unregistered, Worker)
 
 
-def routes(fleet: Fleet, endpoints: Mapping[str, Sequence[str]] | None = None) -> APIRouter:
-    """The three routes; `endpoints`: what callers of these tenants may register, as patterns."""
+class Bounds(NamedTuple):
+    """What callers that are bound to a tenant may register."""
+
+    endpoints: Mapping[str, Sequence[str]] = {}
+    """Patterns by tenant; of a tenant without some, anything."""
+    shared: Collection[str] = ()
+    """Endpoints that publishers of all tenants dial in to."""
+
+
+def routes(fleet: Fleet, bounds: Bounds = Bounds()) -> APIRouter:  # noqa: B008 - it is immutable
+    """The three routes."""
     router = APIRouter(tags=["RFC #1403"])
 
     @router.post(
@@ -86,8 +95,13 @@ def routes(fleet: Fleet, endpoints: Mapping[str, Sequence[str]] | None = None) -
     async def register(request: Request) -> Response:
         body = _read_registration(await request.body())
         spec = source_of(body)
-        _check_bounds(fleet, spec, endpoints)
-        fleet.register(spec)
+        _check_bounds(fleet, spec, bounds)
+        try:
+            fleet.register(spec)
+        except ConflictError:
+            if any(other.endpoint == spec.endpoint and not sees(other.tenant) for other in fleet.specs()):
+                raise _taken() from None
+            raise
         if isinstance(body.instance_id, int):
             return _json(Registered("ok"), 201)
         return _json(Registered("registered successfully", spec.instance))
@@ -134,7 +148,7 @@ def routes(fleet: Fleet, endpoints: Mapping[str, Sequence[str]] | None = None) -
     return router
 
 
-def _check_bounds(fleet: Fleet, spec: SourceSpec, endpoints: Mapping[str, Sequence[str]] | None) -> None:
+def _check_bounds(fleet: Fleet, spec: SourceSpec, bounds: Bounds) -> None:
     """Raise RequestError for what a caller that is bound to a tenant may not register.
 
     What is said of another tenant's sources is that they are there, and nothing else.
@@ -142,7 +156,7 @@ def _check_bounds(fleet: Fleet, spec: SourceSpec, endpoints: Mapping[str, Sequen
     asking = caller()
     if asking is None or asking.grant.tenant is None:
         return
-    allowed = (endpoints or {}).get(asking.grant.tenant)
+    allowed = bounds.endpoints.get(asking.grant.tenant)
     for endpoint in (spec.endpoint, spec.replay):
         if endpoint and allowed is not None and not any(fnmatchcase(endpoint, pattern) for pattern in allowed):
             raise RequestError(
@@ -151,15 +165,19 @@ def _check_bounds(fleet: Fleet, spec: SourceSpec, endpoints: Mapping[str, Sequen
                 f"allowed are {', '.join(allowed)} (setting auth_tenant_endpoints)",
                 status=FORBIDDEN,
             )
-    ours = {endpoint for endpoint in (spec.endpoint, spec.replay) if endpoint}
+    ours = {endpoint for endpoint in (spec.endpoint, spec.replay) if endpoint and endpoint not in bounds.shared}
     for other in fleet.specs():
         if sees(other.tenant):
             continue
         if other.instance == spec.instance or ours.intersection((other.endpoint, other.replay)):
-            raise ConflictError(
-                "the instance or its endpoint is registered already, not by this caller's tenant",
-                "give the instance another name, or ask whoever runs the service",
-            )
+            raise _taken()
+
+
+def _taken() -> ConflictError:
+    return ConflictError(
+        "the instance or its endpoint is registered already, not by this caller's tenant",
+        "give the instance another name, or ask whoever runs the service",
+    )
 
 
 def _workers(reports: list[SourceReport]) -> list[Worker]:
