@@ -47,7 +47,7 @@ MARKS: Final = {
 GUIDES: Final = {"kubernetes", "llm-d", "tiered-offload", "replicas", "upgrades", "troubleshooting"}
 RELEASE: Final = "kvindexer"
 """What every page calls the release, so that its objects have that name."""
-PATIENCE_S: Final = 60
+PATIENCE_S: Final = 120
 PORTS: Final = re.compile(r"(?<![\d.])(809\d|909\d|6379|555\d|565\d|800\d)(?!\d)")
 """Ports of the pages; each becomes a free one."""
 NODES: Final = re.compile(r"localhost:(7000|7001|7002)")
