@@ -26,11 +26,13 @@ from cryptography.hazmat.primitives.serialization import (
 
 from api_server import error, until
 from authority import Authority, Certificate
+from kvindexer.access import guard
 from kvindexer.access.certificates import identity_of, names_in
 from kvindexer.access.errors import ForbiddenError
 from kvindexer.access.identity import Grant
 from kvindexer.access.transport import open_transport
 from kvindexer.api import listeners
+from kvindexer.cli import main
 from kvindexer.errors import SettingsError
 from kvindexer.settings import Settings
 from listening import HOST, Listening, listening
@@ -42,6 +44,12 @@ CERTIFICATES: Final = {
     "operator": ["admin"],
     "team-a.example": {"roles": ["query"], "tenant": "a"},
 }
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are looked at more often than once a second."""
+    monkeypatch.setattr(guard, "LOOK_S", 0.05)
 
 
 @pytest.fixture
@@ -306,6 +314,7 @@ def port(said: list[str], what: str) -> int:
     return int("".join(said).partition(what)[2].partition(" ")[0].split()[0].rpartition(":")[2])
 
 
+@pytest.mark.proof
 def test_a_service_that_other_machines_reach(
     process: tuple[subprocess.Popen[str], list[str]], authority: Authority, tmp_path: Path
 ) -> None:
@@ -324,19 +333,14 @@ def test_a_service_that_other_machines_reach(
         assert json.load(answer)["status"] == "ok"
 
 
-def test_a_service_that_other_machines_reach_is_not_open_by_chance() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kvindexer", "serve", "--host", "0.0.0.0", "--port", "0"],  # noqa: S104 - refused
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert "auth_tokens_file" in done.stderr
-    assert "auth: none" in done.stderr
+def test_a_service_that_other_machines_reach_is_not_open_by_chance(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--host", "0.0.0.0", "--port", "0"]) == 2  # noqa: S104 - refused
+    said = capsys.readouterr().err
+    assert "auth_tokens_file" in said
+    assert "auth: none" in said
 
 
+@pytest.mark.proof
 def test_a_port_for_probes_that_is_taken_is_named() -> None:
     with socket.create_server((HOST, 0)) as taken:
         done = subprocess.run(
