@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,3 +103,31 @@ def test_every_test_that_the_reliability_page_names_exists() -> None:
     named = {word for word in page.split("`") if word.startswith("test_")}
     assert len(named) > 20
     assert named <= known
+
+
+_EACH_BY_ITSELF = """
+import os, sys, pkgutil, importlib
+for name in ("fastapi", "pydantic_settings", "redis.asyncio", "httpx", "uvicorn", "zmq", "rich", "lightkube"):
+    importlib.import_module(name)
+import kvindexer
+names = [found.name for found in pkgutil.walk_packages(kvindexer.__path__, "kvindexer.", onerror=print)]
+failed = []
+for name in names:
+    if name.endswith("__main__"):
+        continue
+    child = os.fork()
+    if not child:
+        importlib.import_module(name)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+print(len(names), *failed)
+"""
+
+
+def test_every_module_can_be_the_first_that_is_imported() -> None:
+    """No two of them need each other."""
+    ran = subprocess.run([sys.executable, "-c", _EACH_BY_ITSELF], capture_output=True, text=True, check=True)
+    count, *failed = ran.stdout.split()
+    assert int(count) > 200
+    assert not failed, ran.stderr

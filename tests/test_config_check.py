@@ -16,9 +16,9 @@ from pydantic import SecretStr
 from kvindexer.access.identity import Grant
 from kvindexer.cli import main
 from kvindexer.errors import SettingsError, without_user
+from kvindexer.hiding import HIDDEN
 from kvindexer.settings import Settings, load_settings
 from kvindexer.settings.shown import different, plain, shown
-from kvindexer.settings.source import HIDDEN
 from kvindexer.types import SourceSpec
 from servers import HOST, Server
 

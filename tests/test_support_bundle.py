@@ -17,7 +17,7 @@ from kvindexer import __version__
 from kvindexer.cli import main
 from kvindexer.commands import support_bundle
 from kvindexer.commands.redaction import Redaction
-from kvindexer.settings.source import HIDDEN
+from kvindexer.hiding import HIDDEN
 from kvindexer.testing import FakeEngine
 from served import HOST, Served
 from servers import Server

@@ -24,8 +24,8 @@ from typing import Any, Final, NamedTuple
 from kvindexer.access.errors import UnauthenticatedError
 from kvindexer.access.identity import Identity
 from kvindexer.errors import SettingsError
+from kvindexer.hiding import HIDDEN, short
 from kvindexer.settings.granting import FIELDS, checked_grant
-from kvindexer.settings.source import HIDDEN, short
 from kvindexer.settings.yaml_file import read_yaml
 
 KEY: Final = "auth_tokens_file"

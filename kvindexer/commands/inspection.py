@@ -11,8 +11,8 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvindexer.commands.tables import cell, console, fitting_table, table
+from kvindexer.hiding import HIDDEN
 from kvindexer.index import facts
-from kvindexer.settings.source import HIDDEN
 from kvindexer.store.directory import Kind
 from kvindexer.store.layout import pack_spec
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from kvindexer.errors import without_user
-from kvindexer.settings.source import HIDDEN
+from kvindexer.hiding import HIDDEN
 
 NEVER_HIDDEN: Final = "default"
 """The tenant of those who name none; its name says nothing."""

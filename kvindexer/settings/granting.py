@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from kvindexer.access.identity import ROLES, Grant, Role
 from kvindexer.errors import SettingsError
-from kvindexer.settings.source import HIDDEN, short
+from kvindexer.hiding import HIDDEN, short
 
 MAX_NAME: Final = 1024
 FIELDS: Final = ("roles", "tenant", "cache_salt")

@@ -18,7 +18,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
 from kvindexer.errors import SettingsError
-from kvindexer.settings.source import HIDDEN, short
+from kvindexer.hiding import HIDDEN, short
 from kvindexer.settings.whole import Settings
 from kvindexer.settings.yaml_file import read_yaml
 from kvindexer.store.address import without_password

@@ -13,7 +13,7 @@ from typing import Any, Final
 from pydantic import SecretStr
 
 from kvindexer.errors import without_user
-from kvindexer.settings.source import HIDDEN
+from kvindexer.hiding import HIDDEN
 from kvindexer.settings.whole import Settings
 from kvindexer.store.address import StoreAddress
 

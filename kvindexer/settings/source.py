@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from kvindexer.errors import SettingsError
+from kvindexer.hiding import HIDDEN, short
 from kvindexer.types import TIERS, SourceSpec
 
 if TYPE_CHECKING:
@@ -28,12 +29,6 @@ ALIASES: Final = {
     "tenant_id": "tenant",
 }
 TIER_NAMES: Final = tuple(tier.label for tier in TIERS)
-HIDDEN: Final = "**********"
-"""What stands in an error or a repr where a secret was."""
-
-SHOWN_CHARACTERS: Final = 200
-"""Longest piece of an unusable value that an error repeats."""
-
 MAX_ALIAS: Final = 1024
 """Longest alias of an instance."""
 
@@ -141,9 +136,3 @@ def _is_url(text: str) -> bool:
 def _shown(field: str, value: object) -> object:
     """Hide the value of a field that may be confidential."""
     return HIDDEN if field in _SECRETS else short(value)
-
-
-def short(value: object) -> object:
-    """Cut what would flood a terminal or a log line."""
-    text = repr(value)
-    return value if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."

@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, BeforeValidator, Field, SecretStr, model_validator
 
 from kvindexer.errors import SettingsError
-from kvindexer.settings.source import HIDDEN
+from kvindexer.hiding import HIDDEN
 from kvindexer.settings.values import MIB, Bytes, Name, Seconds
 from kvindexer.store.address import StoreAddress, read_address
 from kvindexer.store.password import password_in

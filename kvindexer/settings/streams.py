@@ -8,7 +8,8 @@ from typing import Annotated, Self
 from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from kvindexer.errors import SettingsError
-from kvindexer.settings.source import check_source, parse_source, short, source_of
+from kvindexer.hiding import short
+from kvindexer.settings.source import check_source, parse_source, source_of
 from kvindexer.settings.values import MIB, Bytes, Count, Seconds, from_text, no_boolean
 from kvindexer.types import SourceSpec
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from kvindexer.errors import SettingsError
-from kvindexer.settings.source import short
+from kvindexer.hiding import short
 
 MAX_ENGINES: Final = 1024
 

@@ -14,13 +14,13 @@ from pydantic import BaseModel, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kvindexer.errors import SettingsError
+from kvindexer.hiding import HIDDEN
 from kvindexer.settings.access import CLOSED_DOOR, Access, is_loopback
 from kvindexer.settings.discovering import Discovering
 from kvindexer.settings.holding import Holding
 from kvindexer.settings.learning import Learning
 from kvindexer.settings.requests import Requests
 from kvindexer.settings.serving import Serving
-from kvindexer.settings.source import HIDDEN
 from kvindexer.settings.storing import Storing
 from kvindexer.settings.streams import Streams
 from kvindexer.settings.texts import Texts

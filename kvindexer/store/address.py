@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from pydantic import SecretStr
 
 from kvindexer.errors import SettingsError
-from kvindexer.settings.source import short
+from kvindexer.hiding import short
 
 Kind = Literal["memory", "single", "sentinel", "cluster"]
 

@@ -26,8 +26,9 @@ from typing import Final, NamedTuple
 from kvindexer.errors import SettingsError
 from kvindexer.events.discovery.pods import Container, ContainerStatus, Pod
 from kvindexer.events.finding import FindingProblem
+from kvindexer.hiding import short
 from kvindexer.settings.discovering import Discovering
-from kvindexer.settings.source import short, source_of
+from kvindexer.settings.source import source_of
 from kvindexer.types import SourceSpec
 
 PREFIX: Final = "kvindexer.io/"
