@@ -23,7 +23,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, key: str, *, secret: bool = False) -> Any:
-    """What is in the file.  Raises SettingsError that names the setting `key`, and repeats nothing of a secret file."""
+    """Read the file.  Raises SettingsError that names the setting `key`, and repeats nothing of a secret file."""
     shown = str(path)
     try:
         with path.open("rb") as file:
