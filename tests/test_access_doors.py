@@ -16,6 +16,7 @@ from api_server import Api, error, serving
 from kvindexer.access.doors import DOORS
 from kvindexer.access.identity import ROLES
 from kvindexer.api import changes
+from kvindexer.events.finding import FindingFigures, FindingProblem
 from kvindexer.events.sources import Registry
 from tokenizing import IDS, ids, make_tokenizer
 
@@ -121,6 +122,27 @@ def test_every_route_has_a_door_and_every_door_a_route(api: Api) -> None:
     described = set(ask(api, "/openapi.json", "admin").json()["paths"])
     assert described | {"/docs", "/openapi.json"} == set(DOORS)
     assert POSTS.keys() | GETS.keys() == DOORS.keys()
+
+
+def test_the_table_of_doors_is_the_one_that_was_decided() -> None:
+    """Written down twice on purpose: who opens a door has to say so here, too."""
+
+    def those(**fields: Any) -> set[str]:
+        return {path for path, door in DOORS.items() if all(getattr(door, name) == of for name, of in fields.items())}
+
+    assert those(role=None) == {"/health", "/ready"}
+    assert those(role="register") == {"/register", "/unregister"}
+    assert len(those(role="query")) == len(DOORS) - 4
+    assert those(shows="every tenant") == {"/metrics"}
+    assert those(shows="every salt") == {
+        "/query_by_hash",
+        "/v1/blocks/locate",
+        "/v1/offload/plan",
+        "/v1/changes",
+        "/v1/heat/prefixes",
+        "/v1/heat/single",
+        "/v1/heat/prewarm",
+    }
 
 
 @pytest.mark.parametrize("path", DOORS)
@@ -287,6 +309,52 @@ def test_figures_of_the_whole_service_are_for_those_who_see_all_of_it(api: Api) 
     assert (own["events"], own["queries"]) == (None, None)
     assert everything["blocks"] == 3 * own["blocks"] > 0
     assert error(ask(api, "/metrics", "of-a"))[:2] == (403, "not_scoped")
+
+
+def test_near_spellings_and_other_models_are_those_of_the_own_tenant(api: Api) -> None:
+    api.add("default-other", model="secret-model")
+    api.add("a-other", tenant="a", model="open-model")
+    try:
+        asked = {"model": "secret-mode", "tokens": TOKENS}
+        answer = api.client.post("/v1/explain", json=asked, headers=as_caller("of-a")).json()
+        assert (answer["reason"], answer.get("near_models", [])) == ("unknown_model", [])
+        asked = {"model": "open-mode", "tokens": TOKENS}
+        answer = api.client.post("/v1/explain", json=asked, headers=as_caller("of-a")).json()
+        assert answer["near_models"] == ["open-model"]
+        asked = {**QUESTION, "candidates": ["default-other", "a-other"]}
+        answer = api.client.post("/v1/explain", json=asked, headers=as_caller("of-a")).json()
+        reasons = {row["candidate"]: row["reason"] for row in answer["unknown_candidates"]}
+        assert reasons == {"default-other": "not_registered", "a-other": "other_model"}
+    finally:
+        api.fleet.unregister("default-other")
+        api.fleet.unregister("a-other")
+
+
+@pytest.mark.parametrize("path", ["/v1/match", "/v1/explain"])
+def test_aliases_are_those_of_the_own_tenant(api: Api, path: str) -> None:
+    api.add("a-named", tenant="a", aliases=("ours",))
+    api.add("b-named", tenant="b", aliases=("theirs",))
+    try:
+        asked = {**QUESTION, "candidates": ["ours", "theirs"]}
+        answer = api.client.post(path, json=asked, headers=as_caller("of-a")).json()
+        assert "a-named" in str(answer)
+        assert "b-named" not in str(answer)
+    finally:
+        api.fleet.unregister("a-named")
+        api.fleet.unregister("b-named")
+
+
+def test_what_discovery_lacks_is_for_those_who_see_all_tenants(api: Api) -> None:
+    """Pods have names, too."""
+    problem = FindingProblem("no_port", "llm/pod-of-somebody", "it names no port", "name one")
+    api.fleet.found = FindingFigures(kind="kubernetes", pods=1, problems=[problem])
+    try:
+        for path in ("/v1/sources", "/health"):
+            assert "pod-of-somebody" in ask(api, path, "query").text
+            for name in ("of-a", *([None] if path == "/health" else [])):
+                assert "pod-of-somebody" not in ask(api, path, name).text
+    finally:
+        api.fleet.found = FindingFigures()
 
 
 def test_who_follows_changes_is_asked_again_who_he_is(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from kvindexer.access.identity import no_keys, salt_of
+from kvindexer.access.identity import salt_of
 from kvindexer.api.decoding import check_size, reader, unsigned
 from kvindexer.api.lookup import Found, KnownModels, find, keyspaces, one_size, tenant_named
 from kvindexer.api.metrics import Metrics
@@ -73,7 +73,6 @@ class QueryRoutes:
         """POST /query_by_hash.  Raises RequestError."""
         check_size(body, self._max_prompt_tokens)
         query = _read_hashes(body)
-        no_keys()
         if query.cache_salt or query.lora_name:
             raise RequestError(
                 "extras_with_hashes",
