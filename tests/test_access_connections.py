@@ -105,6 +105,18 @@ def test_a_connection_may_be_used_for_longer_than_a_head_may_take() -> None:
         assert there.server.server_state.total_requests > 3
 
 
+def test_a_head_that_came_in_time_is_no_reason_to_hang_up_later() -> None:
+    with listening(receive_timeout_s=0.3) as there, there.dial() as connection:
+        connection.sendall(GET[:10])
+        until(lambda: any(each._head_timer for each in there.server.server_state.connections))  # type: ignore[union-attr]
+        connection.sendall(GET[10:])
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        until_s = time.monotonic() + 0.6
+        while time.monotonic() < until_s:
+            connection.sendall(GET)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
 def test_what_is_no_http_is_refused_in_the_one_error_shape() -> None:
     with listening() as there, there.dial() as connection:
         connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")

@@ -184,6 +184,25 @@ def test_a_link_that_is_swapped_is_a_change(tmp_path: Path) -> None:
     assert [known.identity.name for known in kept.value.values()] == ["v2"]
 
 
+def test_a_file_that_was_not_well_is_tried_again_though_it_looks_the_same(tmp_path: Path) -> None:
+    """Its rights may have changed, of which neither time nor size tells."""
+    path = write(tmp_path / "tokens", GOOD)
+    answers: list[SettingsError | None] = [None, SettingsError("auth_tokens_file", "x", "a readable file"), None]
+
+    def read() -> int:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+        return len(answers)
+
+    kept = Kept("auth_tokens_file", [path], read)
+    with pytest.raises(SettingsError):
+        kept.reload()
+    assert (kept.value, kept.problem is None) == (2, False)
+    kept.look()
+    assert (kept.value, kept.problem) == (0, None)
+
+
 def test_a_reload_reads_again_whatever_the_file_looks_like(tmp_path: Path) -> None:
     path = write(tmp_path / "tokens", GOOD)
     with serving(auth_tokens_file=str(path)) as api:
