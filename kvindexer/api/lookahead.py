@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate, takewhile
+from operator import or_
 from time import monotonic
 from typing import Final, NamedTuple
 
@@ -42,7 +44,7 @@ class Lookahead:
         self._clock = clock
 
     def ahead(
-        self, found: Iterable[Found], prompt: Prompt, candidates: Collection[str] | None
+        self, found: Sequence[Found], prompt: Prompt, candidates: Collection[str] | None
     ) -> dict[str, Ahead] | None:
         """Instances that get further than what they hold; None: none of them."""
         self._speculation.expire(self._clock())
@@ -58,7 +60,17 @@ class Lookahead:
                     tokens, before = end * keyspace.block_size, reached.get(instance)
                     if before is None or tokens > before.tokens:
                         reached[instance] = Ahead(tokens, keyspace.block_size)
-        return reached or None
+        return _further(found, reached) if reached else None
+
+
+def _further(found: Iterable[Found], reached: dict[str, Ahead]) -> dict[str, Ahead] | None:
+    """Those that get further than another rank, or another block size, has matched already."""
+    for keyspace, matches in found:
+        for match in matches:
+            soon = reached.get(match.instance)
+            if soon is not None and match.usable * keyspace.block_size >= soon.tokens:
+                del reached[match.instance]
+    return reached or None
 
 
 def _going_on(
@@ -84,25 +96,34 @@ def _going_on(
         ]
     if not going_on:
         return []
-    ends = _Ends(keys, along)
+    ends = _Ends(keys, along, marks.torn(keys))
     return [(instance, ends.of(held, routed[instance], bits(instance, 0))) for instance, held in going_on]
 
 
 class _Ends:
     """Where the parts of one prompt end that were routed, to one instance after the other.
 
-    A key stands for the whole prompt up to its block, so whoever routed it has routed those before it, too.
+    A key stands for the whole prompt up to its block, so whoever routed it has routed those before it, too: where
+    marks are not torn, it is waited for without a hole.
     """
 
-    def __init__(self, keys: list[int], along: Sequence[int]) -> None:
-        self._keys, self._along = keys, along
+    def __init__(self, keys: list[int], along: Sequence[int], torn: Sequence[int]) -> None:
+        self._keys, self._along, self._torn = keys, along, torn
+        self._torn_behind = list(accumulate(reversed(torn[1:]), or_, initial=0))[::-1]
+        """For each mark the instances for which a later one is torn."""
         self._backwards = keys[::-1]
         self._found = {len(along): len(keys)}
         """Marks before an end -> the end that another instance has there; at first that of the whole prompt."""
 
     def of(self, start: int, blocks: Collection[int], bit: int) -> int:
         """How far an instance gets that waits for the block at `start`."""
-        keys, along = self._keys, self._along
+        keys, along, mark = self._keys, self._along, start // EVERY
+        if self._torn and (self._torn[mark] | self._torn_behind[mark]) & bit:
+            # mostly by the events of blocks right before `start`: then it is whole from the next mark on
+            stop = len(keys) if self._torn_behind[mark] & bit else min((mark + 1) * EVERY, len(keys))
+            start += len(list(takewhile(blocks.__contains__, keys[start:stop])))
+            if start < stop or start == len(keys) or keys[start] not in blocks:
+                return start
         marks = bisect_left(along, x=True, lo=start // EVERY, key=lambda mask: not mask & bit)
         end = self._found.get(marks, 0)
         if end > start and keys[end - 1] in blocks and (end == len(keys) or keys[end] not in blocks):

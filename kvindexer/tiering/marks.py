@@ -5,9 +5,11 @@
 
 Every `EVERY`-th block of a routing is marked for as long as it lives, whatever events say of its blocks.  Questions
 look up some dozens of marks, which stay in the processor's caches, and of all routed blocks, which don't, only those
-that the marks let them expect.
+that the marks let them expect.  Between a mark and the next one, what was routed to an instance has holes only if the
+mark is torn for it.
 
-Invariant: a mask has the bits of the instances that have a living routing which names the block; none is 0.
+Invariant: a mask has the bits of the instances that have a living routing which names the block; none is 0.  Those
+for which the mark is torn are among them.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Marks:
         """A bit for each instance with a mark; given anew when its last one is gone."""
         self._used = 0
         self._masks: dict[int, int] = {}
+        self._torn: dict[int, int] = {}
         self._routings: Counter[tuple[int, int]] = Counter()
         """(block, bit) -> routings that name it."""
         self._of_instance: Counter[str] = Counter()
@@ -58,11 +61,26 @@ class Marks:
                 masks[key] ^= bit
                 if not masks[key]:
                     del masks[key]
+                if key in self._torn:
+                    self._torn[key] &= ~bit
+                    if not self._torn[key]:
+                        del self._torn[key]
         self._of_instance[instance] -= 1
         if not self._of_instance[instance]:
             del self._of_instance[instance], self.bits[instance]
             self._used ^= bit
 
+    def tear(self, instance: str, keys: Sequence[int], gone: set[int]) -> None:
+        """An event spoke of some blocks of a routing that lives: they are not waited for any more."""
+        bit, torn = self.bits[instance], self._torn
+        for start in range(0, len(keys), EVERY):
+            if not gone.isdisjoint(keys[start : start + EVERY]):
+                torn[keys[start]] = torn.get(keys[start], 0) | bit
+
     def along(self, keys: Sequence[int]) -> list[int]:
         """The masks of every `EVERY`-th block of a prompt, as far as anybody was routed something that begins so."""
         return list(takewhile(truth, map(self._masks.get, keys[::EVERY])))  # type: ignore[arg-type]
+
+    def torn(self, keys: Sequence[int]) -> list[int]:
+        """Of every `EVERY`-th block of a prompt the instances for which its mark is torn."""
+        return [self._torn.get(key, 0) for key in keys[::EVERY]] if self._torn else []

@@ -133,7 +133,16 @@ class Speculation:
 
     def confirm(self, keyspace: Keyspace, instance: str, keys: Iterable[int]) -> None:
         """Events of the instance have spoken of these blocks: what it holds of them is the index's to say."""
-        self.confirmed += self._drop((keyspace, instance), keys)
+        held = self._held.get(keyspace, {}).get(instance)
+        if held is None:
+            return
+        gone: dict[Routing, set[int]] = {}
+        for key in keys:
+            if (routing := held.get(key)) is not None:
+                gone.setdefault(routing, set()).add(key)
+        for routing, of_routing in gone.items():
+            self._marks[keyspace].tear(instance, routing.keys, of_routing)
+            self.confirmed += self._drop((keyspace, instance), of_routing)
 
     def _drop(self, place: _Place, keys: Iterable[int]) -> int:
         """Forget these blocks of an instance; returns how many there were."""
