@@ -121,14 +121,15 @@ class Stub:
         self.asked: list[tuple[str, Any]] = []
         self.status = 200
         self.answer: bytes = json.dumps(ANSWER).encode()
-        self.delay_s = 0.0
+        self.open = threading.Event()
+        self.open.set()
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 length = int(self.headers["content-length"])
                 stub.asked.append((self.path, json.loads(self.rfile.read(length))))
-                time.sleep(stub.delay_s)
+                stub.open.wait(60)
                 self.send_response(stub.status)
                 self.send_header("content-length", str(len(stub.answer)))
                 self.end_headers()
@@ -352,7 +353,7 @@ def test_a_query_uses_no_proxy(stub: Stub) -> None:
 
 
 def test_ctrl_c_shows_no_traceback(stub: Stub, start: Callable[..., Started]) -> None:
-    stub.delay_s = 2.0
+    stub.open.clear()
     query = start("query", "--url", stub.url, "--model", "m")
     assert query.process.stdin is not None
     query.process.stdin.write("1")
@@ -360,6 +361,7 @@ def test_ctrl_c_shows_no_traceback(stub: Stub, start: Callable[..., Started]) ->
     query.process.stdin = None
     eventually(lambda: stub.asked)
     code, _, err = query.end(signal.SIGINT)
+    stub.open.set()
     assert (code, err) == (130, "")
 
 
