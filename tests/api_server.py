@@ -261,7 +261,14 @@ class _Host:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()
-        config = uvicorn.Config(self, http="httptools", lifespan="off", log_config=None, access_log=False)
+        config = uvicorn.Config(
+            self,
+            http="httptools",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=600,  # else it hangs up just when httpx gives an idle connection up: after 5 s, both
+        )
         serve = uvicorn.Server(config).serve(sockets=[self._listener])
         threading.Thread(target=uvloop.run, args=(serve,), daemon=True).start()
 

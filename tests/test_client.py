@@ -197,8 +197,8 @@ def api() -> Iterator[Api]:
 
 @pytest.fixture
 def ask(api: Api, flavour: Flavour) -> Callable[..., Any]:
-    """A method of a client of the service."""
-    client = flavour.open(url_of(api))
+    """A method of a client of the service; how long that takes is not what is tested with it."""
+    client = flavour.open(url_of(api), timeout_s=30.0)
 
     def asked(name: str, *args: Any, **named: Any) -> Any:
         return flavour.call(client, name, *args, **named)
@@ -512,10 +512,11 @@ def test_too_much_is_refused_with_the_setting_that_limits_it(flavour: Flavour) -
 
 
 def test_nobody_listens(flavour: Flavour) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}"
-    with pytest.raises(UnreachableError) as caught:
-        flavour.call(flavour.open(url), "ready")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # for as long as the test runs, so that nobody else listens there either
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UnreachableError) as caught:
+            flavour.call(flavour.open(url), "ready")
     assert url in str(caught.value)
     assert caught.value.code == "unreachable"
     assert caught.value.hint
