@@ -205,6 +205,8 @@ class World:
             expected = {instance: end for instance, end in expected.items() if instance in candidates}
         assert {instance: soon.tokens // SIZE for instance, soon in (ahead or {}).items()} == expected
         assert ahead is None or ahead
+        self.speculation.expire(self.now)
+        assert self.speculation.references == self.oracle.named <= self.oracle.bound
         self._check_marks(keys)
 
     def _check_marks(self, keys: list[int]) -> None:
