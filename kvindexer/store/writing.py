@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 PIECE_RECORDS: Final = 256
 """Records that are packed at once: up to a millisecond, between which queries get their turn."""
-_STAGED_PIECES: Final = 8
-"""Pieces that go to the store in one command, which costs as much as hundreds of records."""
+_COMMAND_PIECES: Final = 8
+"""Pieces of one command, which costs as much as hundreds of records; the more, the more share a bucket."""
 _MOST_PIECES_BEHIND: Final = 8_000
 """Pieces that a rewrite may still need after the first pass; a source that changes faster can't be caught."""
 _LOAD_TRIES: Final = 4
@@ -72,23 +72,27 @@ class Writing:
         async with self._slices:
             await asyncio.sleep(0)
 
-    async def _pieces(
+    async def _commands(
         self, kept: KeptSource, hashes: Sequence[int], buckets: int, most: int
     ) -> AsyncGenerator[bytes]:
-        """Pack records, a piece at a time, then those that changed meanwhile, and so on; at most so many pieces.
+        """Pack records in pieces, then those that changed meanwhile, and so on; at most so many pieces.
 
         What is in `kept.collected` in the end is not in them, or has changed since; it is a piece's worth unless the
         source has outrun us.
         """
-        life, count = kept.life, 0
+        life, size, count = kept.life, self._piece_records, 0
         kept.collected = set()
-        while len(hashes) > self._piece_records:
-            for start in range(0, len(hashes), self._piece_records):
-                yield self._pack(kept, hashes[start : start + self._piece_records], buckets)
-                await self.slice()
-                count += 1
-                if kept.dropped or kept.life != life:
-                    return
+        while len(hashes) > size:
+            for begin in range(0, len(hashes), _COMMAND_PIECES * size):
+                together = hashes[begin : begin + _COMMAND_PIECES * size]
+                records: list[bytes] = []
+                for start in range(0, len(together), size):
+                    records += self._records(kept, together[start : start + size])
+                    await self.slice()
+                    count += 1
+                    if kept.dropped or kept.life != life:
+                        return
+                yield pack_records(together, records, buckets)
             hashes = sorted(kept.collected)
             if count >= most:
                 return
@@ -119,12 +123,11 @@ class Writing:
     async def _flush(self, kept: KeptSource, step: Flush, hashes: Sequence[int]) -> Refusal | None:
         """A record that has changed since it was packed is packed again behind it: the later one counts."""
         shard, life, meta = kept.shard, kept.life, _content(kept)
-        pieces = [
-            piece async for piece in self._pieces(kept, hashes, meta.buckets, len(hashes) // self._piece_records + 1)
-        ]
+        most = len(hashes) // self._piece_records + 1
+        pieces = [packed async for packed in self._commands(kept, hashes, meta.buckets, most)]
         if kept.dropped or kept.life != life:
             return Refusal.LOST
-        pieces.append(self._pack(kept, sorted(kept.collected or ()), meta.buckets))
+        pieces.append(self._rest(kept, sorted(kept.collected or ()), meta.buckets))
         upto = shard.checkpoint(meta.checkpoint.epoch)
         facts = self._index.facts(kept.source)
         author, generation = kept.author(self._replica), meta.generation
@@ -148,13 +151,18 @@ class Writing:
         generation, buckets = secrets.token_hex(4), buckets_for(len(hashes))
         if before is not None and overfull(len(hashes), before.buckets):
             buckets = more_buckets(len(hashes), before.buckets)
+        most = len(hashes) // self._piece_records + _MOST_PIECES_BEHIND
         begin = True
-        async with aclosing(self._commands(kept, hashes, buckets)) as commands:
+        async with aclosing(self._commands(kept, hashes, buckets, most)) as commands:
             async for packed in commands:
                 staged = await server.stage(kept.tag, author, generation, buckets, packed, begin=begin)
                 begin = False
                 if isinstance(staged, Refusal):
                     return staged
+        if begin:
+            staged = await server.stage(kept.tag, author, generation, buckets, b"", begin=True)
+            if isinstance(staged, Refusal):
+                return staged
         rest = sorted(kept.collected or ())
         if kept.dropped or kept.life != life or len(rest) > self._piece_records:
             return Refusal.LOST
@@ -167,7 +175,7 @@ class Writing:
             expected=step.expected,
             upto=upto,
             facts=facts,
-            packed=self._pack(kept, rest, buckets),
+            packed=self._rest(kept, rest, buckets),
             accept_less=step.accept_less,
         )
         if isinstance(answer, Refusal):
@@ -184,25 +192,15 @@ class Writing:
             await server.sweep(kept.tag, Leftover(before.generation, before.buckets, 0))
         return None
 
-    async def _commands(self, kept: KeptSource, hashes: Sequence[int], buckets: int) -> AsyncGenerator[bytes]:
-        """The pieces of a rewrite, several together; one, if an empty one, at least."""
-        waiting: list[bytes] = []
-        async with aclosing(
-            self._pieces(kept, hashes, buckets, len(hashes) // self._piece_records + _MOST_PIECES_BEHIND)
-        ) as pieces:
-            async for piece in pieces:
-                waiting.append(piece)
-                if len(waiting) == _STAGED_PIECES:
-                    yield b"".join(waiting)
-                    waiting.clear()
-        yield b"".join(waiting)
+    def _rest(self, kept: KeptSource, hashes: Sequence[int], buckets: int) -> bytes:
+        return pack_records(hashes, self._records(kept, hashes), buckets)
 
-    def _pack(self, kept: KeptSource, hashes: Sequence[int], buckets: int) -> bytes:
+    def _records(self, kept: KeptSource, hashes: Sequence[int]) -> list[bytes]:
         records = self._index.records(kept.source, hashes)
-        if any(len(record) > MAX_RECORD_BYTES for record in records):  # thousands of places of one block
-            records = [record if len(record) <= MAX_RECORD_BYTES else b"" for record in records]
         self.records += len(records)
-        return pack_records(hashes, records, buckets)
+        if any(len(record) > MAX_RECORD_BYTES for record in records):  # thousands of places of one block
+            return [record if len(record) <= MAX_RECORD_BYTES else b"" for record in records]
+        return records
 
     async def load(self, kept: KeptSource) -> bool:
         """Fill a freshly attached share from its shard and let its stream resume there; False: there is nothing.
