@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 PIECE_RECORDS: Final = 256
 """Records that are packed at once: up to a millisecond, between which queries get their turn."""
-_COMMAND_PIECES: Final = 8
+_COMMAND_PIECES: Final = 4
 """Pieces of one command, which costs as much as hundreds of records; the more, the more share a bucket."""
 _MOST_PIECES_BEHIND: Final = 8_000
 """Pieces that a rewrite may still need after the first pass; a source that changes faster can't be caught."""
@@ -93,6 +93,7 @@ class Writing:
                     if kept.dropped or kept.life != life:
                         return
                 yield pack_records(together, records, buckets)
+                await self.slice()
             hashes = sorted(kept.collected)
             if count >= most:
                 return
