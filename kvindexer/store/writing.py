@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 PIECE_RECORDS: Final = 256
 """Records that are packed at once: up to a millisecond, between which queries get their turn."""
+_REST_PIECES: Final = 8
+"""What changed while all else was made ready may be so much, and is made in one go: slices of ingest lie between."""
 _COMMAND_PIECES: Final = 4
 """Pieces of one command, which costs as much as hundreds of records; the more, the more share a bucket."""
 _MOST_PIECES_BEHIND: Final = 8_000
@@ -77,12 +79,12 @@ class Writing:
     ) -> AsyncGenerator[bytes]:
         """Pack records in pieces, then those that changed meanwhile, and so on; at most so many pieces.
 
-        What is in `kept.collected` in the end is not in them, or has changed since; it is a piece's worth unless the
-        source has outrun us.
+        What is in `kept.collected` in the end is not in them, or has changed since; it is a few pieces' worth unless
+        the source has outrun us.
         """
         life, size, count = kept.life, self._piece_records, 0
-        kept.collected = set()
-        while len(hashes) > size:
+        kept.collected, enough = set(), size
+        while len(hashes) > enough:
             for begin in range(0, len(hashes), _COMMAND_PIECES * size):
                 together = hashes[begin : begin + _COMMAND_PIECES * size]
                 records: list[bytes] = []
@@ -97,7 +99,7 @@ class Writing:
             hashes = sorted(kept.collected)
             if count >= most:
                 return
-            kept.collected = set()
+            kept.collected, enough = set(), size * _REST_PIECES
         kept.collected.update(hashes)
 
     async def flush(self, kept: KeptSource, step: Flush) -> Refusal | None:
@@ -165,7 +167,7 @@ class Writing:
             if isinstance(staged, Refusal):
                 return staged
         rest = sorted(kept.collected or ())
-        if kept.dropped or kept.life != life or len(rest) > self._piece_records:
+        if kept.dropped or kept.life != life or len(rest) > self._piece_records * _REST_PIECES:
             return Refusal.LOST
         upto = shard.checkpoint(step.epoch)
         facts = index.facts(kept.source)
