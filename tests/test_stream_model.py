@@ -288,7 +288,6 @@ class StreamMachine(RuleBasedStateMachine):
             return False
         return not (self.lost and self.failed)
 
-
     def _believed(self) -> bool:
         """Claims that were found wrong are proven anew by a replay of the whole life, if there is one, once."""
         verdicts = self.verdicts[self.stream.epoch]
