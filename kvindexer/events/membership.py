@@ -7,7 +7,7 @@
 What somebody names wins over what was found.  Named twice, by the settings and by somebody, it stays until both are
 done with it; what was found goes when it is lost, and nobody can unregister it.
 
-Invariant: every source that `follow` was told of, and nothing else, is in the registry until `hang_up` is.
+Invariant: `follow` is told once of each source that enters the registry, and `hang_up` once when it leaves it.
 """
 
 from __future__ import annotations
