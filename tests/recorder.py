@@ -161,7 +161,7 @@ class RecordingFleet(LiveFleet):
         known = self._sources.get(source)
         if known is not None:
             now = known.stream
-            self._history.append(Said(time.monotonic(), source, now.state.value, now.sound, self._complete(known)))
+            self._history.append(Said(time.monotonic(), source, now.state.value, now.sound, known.complete))
 
     def _gauge(self, source: str) -> None:
         assert self._subscriber is not None

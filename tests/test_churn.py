@@ -133,8 +133,8 @@ def test_trap_29_long_churn_leaves_no_trace(capsys: pytest.CaptureFixture[str]) 
                 fleet.unregister("pod-a")
             await until("nothing is left", lambda: not fleet.reports())
             assert not fleet._sources
-            assert not fleet._by_instance
-            assert not fleet._statuses
+            assert not fleet._answers._by_instance
+            assert not fleet._answers._statuses
             assert not fleet.index.keyspaces("default", "m")
 
     asyncio.run(scenario())

@@ -277,7 +277,7 @@ def test_trap_23_a_replica_that_is_cut_off_shows_it_and_writes_nothing(redis_ser
                 async with replica(redis_server.url, "c", allowed_endpoints=("tcp://none:*",), **times) as c:
                     with Detour(c, engine) as way:
                         way.faults = DOWN
-                        c.fleet._registry._allowed = ("tcp://*",)
+                        c.fleet._membership._registry._allowed = ("tcp://*",)
                         c.fleet.register_shared(spec)
                         for state in ("stale", "gone"):
                             await until(state, lambda state=state: c.flags(spec.endpoint)[0] == state)  # type: ignore[misc]

@@ -1,9 +1,10 @@
 """The registered sources, each with its stream and its share of the index: where events become answers.
 
-    Registry      which sources exist
+    Membership    which sources exist, and why
     Subscriber    their sockets ─► Stream machines ─► Apply, Withdraw, Drop
-    LiveFleet     Apply ─► index.apply ─► what the change means for the source's flags
+    LiveFleet     Apply ─► index.apply ─► Followed: what the change means for the source's flags
     Keeper        a copy of all that beyond this process, if there is one
+    Answers       what is said of sources and instances
 
 Invariant: whatever a source sends or does, the others go on; what a source lost shows in its flags.
 """
@@ -11,39 +12,34 @@ Invariant: whatever a source sends or does, the others go on; what a source lost
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from secrets import token_hex
 from typing import Protocol
 
-from kvindexer.errors import ConflictError, KvIndexerError, WireError
+from kvindexer.errors import WireError
+from kvindexer.events.answers import Answers
 from kvindexer.events.curve import open_curve
 from kvindexer.events.finding import Finder, FindingFigures, Nowhere
+from kvindexer.events.followed import TRUST, Followed, open_stream
 from kvindexer.events.keeping import Keeper, Nobody, StoreFigures, StoreProblem
-from kvindexer.events.listing import Listing, is_listing
+from kvindexer.events.membership import Membership
 from kvindexer.events.sockets import SubscriberSettings
 from kvindexer.events.sources import Registry
-from kvindexer.events.states import State
 from kvindexer.events.status import InstanceStatus, SourceReport
-from kvindexer.events.stream import Stream, StreamSettings
+from kvindexer.events.stream import Stream
 from kvindexer.events.subscriber import Subscriber
 from kvindexer.index.seam import Change, Index
 from kvindexer.index.topology import is_store
 from kvindexer.settings import Settings
 from kvindexer.tiering.changes import ChangeLog
-from kvindexer.tiering.feedback import Accuracy, FeedbackRule, Report
-from kvindexer.tiering.media import tier_named
+from kvindexer.tiering.feedback import FeedbackRule, Report
 from kvindexer.tiering.speculative import Speculation
-from kvindexer.types import TIERS, Keyspace, SourceSpec, SourceType, Tier
+from kvindexer.types import Keyspace, SourceSpec, SourceType
 from kvindexer.watching.logs import tell
 
 _log = logging.getLogger(__name__)
-_TRUST = {State.GONE: 0, State.STALE: 1, State.SYNCING: 2, State.LIVE: 3}
-_JITTER = 0.2
-"""How far probes and retries of different sources are spread, so that a fleet does not ask in one voice."""
-_LOST_EVENTS = ("bad_event", "over_bound")
 
 LeastTrusted = Callable[[], Iterable[str]]
 
@@ -59,20 +55,6 @@ class Counters(Protocol):
 
     def withdrawn(self, reason: str, entries: int) -> None:
         """Entries of a source were dropped because they may be gone."""
-
-
-class _Source:
-    """What the service keeps of one source, beside its machine and its share of the index."""
-
-    def __init__(self, source: str, spec: SourceSpec, stream: Stream, rule: FeedbackRule) -> None:
-        self.source = source
-        self.spec = spec
-        self.stream = stream
-        self.accuracy = Accuracy(rule)
-        self.batches = 0
-        self.poison = 0
-        self.told, self.told_epoch, self.told_at = State.SYNCING, stream.epoch, time.monotonic()
-        """The state and life that the log knows, and since when."""
 
 
 class LiveFleet:
@@ -104,21 +86,15 @@ class LiveFleet:
         self._counters = counters
         self._keeper = keeper or Nobody()
         self._finder = finder or Nowhere()
-        self._found: dict[str, SourceSpec] = {}
-        """What the finder has found, and nobody has named, by endpoint."""
-        self._registry = Registry(settings.allowed_endpoints, settings.max_sources, settings.bind_endpoints)
-        self._sources: dict[str, _Source] = {}
-        self._by_instance: dict[str, list[_Source]] = {}
-        self._statuses: dict[str, InstanceStatus] = {}
-        """Answers to `status`, until something changes; every tick does, which keeps `verified_ms` fresh."""
+        self._membership = Membership(
+            Registry(settings.allowed_endpoints, settings.max_sources, settings.bind_endpoints),
+            self._keeper,
+            follow=self._follow,
+            hang_up=self._hang_up,
+        )
+        self._sources: dict[str, Followed] = {}
         self._subscriber: Subscriber | None = None
-        self._listings: dict[str, Listing] = {}
-        self._listing_changes = 0
-        self._awaited: set[str] = set()
-        self._configured: set[str] = set()
-        """What is followed because the settings name it."""
-        self._asked_for: set[str] = set()
-        """What was registered over HTTP, here or at another replica."""
+        self._answers = Answers(self.index, self._keeper, lambda: self._subscriber)
         self._ready = False
         self.changes = ChangeLog(self.index, settings.changes_max_bytes, token_hex(8))
         """What has changed of late, for those who follow it."""
@@ -147,21 +123,19 @@ class LiveFleet:
         try:
             for endpoint in settings.bind_endpoints:
                 self._subscriber.bind(endpoint)
-            async with self._keeper.running(self) as registered:
+            async with self._membership.running(), self._keeper.running(self) as registered:
                 for spec in settings.sources:
-                    self.follow_configured(spec)
+                    self._membership.follow_configured(spec)
                 for spec in registered:
-                    self._register_found(spec)
-                self._awaited = {*self._sources, *self._listings}
+                    self._membership.register_kept(spec)
+                self._membership.await_all()
                 async with self._finder.running(self):
                     yield
         finally:
-            for listing in self._listings.values():
-                await listing.close()
             await self._subscriber.close()
             self._subscriber = None
 
-    # Fleet
+    # Membership
 
     @property
     def ready(self) -> bool:
@@ -169,152 +143,43 @@ class LiveFleet:
         if not self._ready:
             late = time.monotonic() - self._started_at >= self.settings.sync_deadline_s
             informed = self._keeper.informed and self._finder.informed
-            in_sync = informed and all(self._in_sync(name) for name in self._awaited)
+            in_sync = informed and self._membership.in_sync(lambda source: self._sources[source].stream.synced)
             self._ready = self._subscriber is not None and (late or in_sync)
         return self._ready and not self.leaving
 
-    def _in_sync(self, name: str) -> bool:
-        """Whether a source, or all that an engine lists, is past its first synchronisation, or gone again."""
-        listing = self._listings.get(name)
-        if listing is not None:
-            return bool(listing.sources) and all(self._in_sync(spec.endpoint) for spec in listing.sources)
-        known = self._sources.get(name)
-        return known is None or known.stream.synced
+    def _await(self, spec: SourceSpec) -> None:
+        """A source that became known before we were ready is waited for, like those known at start."""
+        if not self._ready:
+            self._membership.await_also(spec)
 
     @property
     def generation(self) -> int:
         """Grows whenever `specs` changes."""
-        return self._registry.generation + self._listing_changes
+        return self._membership.generation
 
     def specs(self) -> list[SourceSpec]:
         """What is registered: sources, and engines that list theirs."""
-        return [*(spec for _, spec in self._registry), *(listing.spec for listing in self._listings.values())]
+        return self._membership.specs()
 
     def sources(self) -> Mapping[str, SourceSpec]:
         """The publishers that are followed, by identity."""
-        return dict(self._registry)
+        return self._membership.sources()
 
     def register(self, spec: SourceSpec) -> bool:
         """Follow a source; False if just this is registered already.  Raises RequestError or ConflictError.
 
         An HTTP address stands for the publishers that the engine there lists.
         """
-        new = self._register(spec)
-        self._asked_for.add(self._name(spec))
-        if new:
-            self._keeper.registered(self._registry.identity(spec), spec)
-        return new
-
-    def _name(self, spec: SourceSpec) -> str:
-        """What a source, or an engine that lists its own, is known by."""
-        return spec.endpoint if is_listing(spec.endpoint) else self._registry.identity(spec)
+        return self._membership.register(spec)
 
     def follow_configured(self, spec: SourceSpec) -> None:
         """Follow what the settings name now.  Raises KvIndexerError if it contradicts what others have registered."""
-        self._register(spec)
-        self._configured.add(self._name(spec))
+        self._membership.follow_configured(spec)
         self._await(spec)
 
     def forget_configured(self, spec: SourceSpec) -> None:
         """The settings don't name it any more; what somebody has registered as well stays."""
-        name = self._name(spec)
-        if name in self._configured:
-            self._configured.discard(name)
-            if name not in self._asked_for:
-                self._hang_up(name)
-
-    def _await(self, spec: SourceSpec) -> None:
-        """A source that became known before we were ready is waited for, like those known at start."""
-        if not self._ready:
-            self._awaited.add(self._name(spec))
-
-    def _register(self, spec: SourceSpec) -> bool:
-        """Follow what somebody has named, also if it was found before: it is followed as named then."""
-        self._give_way(spec)
-        return self._add(spec)
-
-    def _add(self, spec: SourceSpec) -> bool:
-        if is_listing(spec.endpoint):
-            return self._list(spec)
-        return self._follow(spec)
-
-    def _register_found(self, spec: SourceSpec) -> None:
-        """Follow what was registered before this process started; the settings of today win over it."""
-        try:
-            self._register(spec)
-        except KvIndexerError as error:
-            _log.warning("source %s of the store is not followed: %s", spec.endpoint, error)
-        else:
-            self._asked_for.add(self._name(spec))
-
-    def _list(self, spec: SourceSpec) -> bool:
-        known = self._listings.get(spec.endpoint)
-        if known is not None:
-            if known.spec == spec:
-                return False
-            raise ConflictError(f"{spec.endpoint} is registered with other values", "unregister it first")
-        self._registry.check_endpoint(spec.endpoint)
-        follow = self._follow if spec.life else self._follow_listed
-        self._listings[spec.endpoint] = Listing(spec, follow, self._forget)
-        self._listing_changes += 1
-        return True
-
-    def _follow_listed(self, spec: SourceSpec) -> bool:
-        """Follow what is listed by an engine that somebody has named."""
-        self._give_way(spec)
-        return self._follow(spec)
-
-    def _forget(self, spec: SourceSpec) -> None:
-        source = self._registry.identity(spec)
-        if self._registry.remove(source) is not None:
-            self._drop([(source, spec)])
-
-    def _follow(self, spec: SourceSpec) -> bool:
-        if self._subscriber is None:
-            raise RuntimeError("the service is not running")
-        source = self._registry.register(spec)
-        if source is None:
-            return False
-        self._sources[source] = known = _Source(source, spec, self._stream(spec), self._rule)
-        self._by_instance.setdefault(spec.instance, []).append(known)
-        try:
-            self._start(known)
-        except KvIndexerError:
-            self._forget(spec)
-            raise
-        tell(_log, logging.INFO, "source registered", source=source, instance=spec.instance, model=spec.model)
-        return True
-
-    def _stream(self, spec: SourceSpec) -> Stream:
-        settings = self.settings
-        spread = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - spreads load, guards nothing
-        return Stream(
-            StreamSettings(
-                replayable=spec.replay is not None,
-                dialled=spec.endpoint not in settings.bind_endpoints,
-                held_max_frames=settings.held_max_frames,
-                held_max_bytes=settings.held_max_bytes,
-                probe_interval_s=settings.probe_interval_s * spread,
-                stale_after_s=settings.stale_after_s,
-                gone_after_s=settings.gone_after_s,
-                retry_min_s=settings.replay_retry_min_s * spread,
-                retry_max_s=settings.replay_retry_max_s,
-            )
-        )
-
-    def _start(self, known: _Source) -> None:
-        """Warm the source's share, then dial."""
-        stream = known.stream
-
-        def dial() -> None:
-            still = self._sources.get(known.source) is known and known.stream is stream
-            if still and self._subscriber is not None:
-                self.changes.attached(known.source, known.spec, stream)  # the keeper has loaded it
-                self._subscriber.add(known.source, known.spec, stream)
-
-        self.index.attach(known.source, known.spec)
-        self.changes.attached(known.source, known.spec, stream)
-        self._keeper.follow(known.source, known.spec, stream, dial)
+        self._membership.forget_configured(spec)
 
     def unregister(
         self,
@@ -329,114 +194,69 @@ class LiveFleet:
 
         What was found stays.  Raises ConflictError if it is all there is.
         """
-        found = self._found_sources()
-        listings = [
-            listing
-            for name, listing in self._listings.items()
-            if name not in found
-            and listing.spec.instance == instance
-            and rank is None
-            and model in (None, listing.spec.model)
-            and tenant in (None, listing.spec.tenant)
-            and source_type in (None, listing.spec.type)
-        ]
-        for listing in listings:
-            listing.cancel()
-            del self._listings[listing.spec.endpoint]
-            self._disown(listing.spec.endpoint)
-            self._listing_changes += 1
-            self._keeper.unregistered(listing.spec.endpoint)
-        removed = self._registry.unregister(
-            instance, model=model, tenant=tenant, rank=rank, source_type=source_type, but=found
-        )
-        if not removed and not listings and any(spec.instance == instance for spec in found.values()):
-            hint = "it goes with its pod, or with the annotation kvindexer.io/follow: 'false'"
-            raise ConflictError(f"instance {instance!r} was found by discovery", hint)
-        for source, _ in removed:
-            self._keeper.unregistered(source)
-        self._drop(removed)
-        return [listing.spec for listing in listings] or [spec for _, spec in removed]
-
-    def _drop(self, removed: Iterable[tuple[str, SourceSpec]]) -> None:
-        """Hang up on sources that are no longer registered."""
-        for source, spec in removed:
-            if self._subscriber is not None:
-                self._subscriber.remove(source)
-            if spec.life:
-                self._keeper.ended(source)
-            self._keeper.forget(source)
-            self._disown(source)
-            self.changes.forgotten(source)
-            self.index.detach(source)
-            known = self._sources.pop(source)
-            self._by_instance[spec.instance].remove(known)
-            if not self._by_instance[spec.instance]:
-                del self._by_instance[spec.instance]
-            self._statuses.pop(spec.instance, None)
-            tell(_log, logging.INFO, "source unregistered", source=source, instance=spec.instance, model=spec.model)
-
-    def _hang_up(self, name: str) -> None:
-        """Forget a source, or an engine that lists its own and what it has listed."""
-        listing = self._listings.pop(name, None)
-        if listing is not None:
-            self._disown(name)
-            self._listing_changes += 1
-            listing.cancel()
-            for listed in listing.sources:
-                self._forget(listed)
-        spec = self._registry.remove(name)
-        if spec is not None:
-            self._drop([(name, spec)])
-
-    def _disown(self, name: str) -> None:
-        self._configured.discard(name)
-        self._asked_for.discard(name)
-        self._found.pop(name, None)
-
-    # Found
+        return self._membership.unregister(instance, model=model, tenant=tenant, rank=rank, source_type=source_type)
 
     @property
     def found(self) -> Mapping[str, SourceSpec]:
         """See `Findable.found`."""
-        return self._found
+        return self._membership.found
 
     def find(self, spec: SourceSpec) -> None:
         """See `Findable.find`."""
-        name = self._name(spec)
-        if name in self._registry or name in self._listings:
-            raise ConflictError(f"{name} is registered already", "that registration is the one that counts")
-        self._add(spec)
-        self._found[spec.endpoint] = spec
+        self._membership.find(spec)
         if not self._finder.informed:
             self._await(spec)
 
     def lose(self, endpoint: str) -> None:
         """See `Findable.lose`."""
-        spec = self._found.pop(endpoint, None)
-        if spec is not None:
-            self._hang_up(self._name(spec))
+        self._membership.lose(endpoint)
 
-    def _found_sources(self) -> dict[str, SourceSpec]:
-        """What was found, and what engines that were found list."""
-        sources = dict(self._found)
-        for endpoint in self._found:
-            listing = self._listings.get(endpoint)
-            sources |= {spec.endpoint: spec for spec in listing.sources} if listing is not None else {}
-        return sources
+    def register_shared(self, spec: SourceSpec) -> None:
+        """See `Kept.register_shared`."""
+        self._membership.register_shared(spec)
+        self._await(spec)  # the store may have been out of reach when we started
 
-    def _give_way(self, spec: SourceSpec) -> None:
-        """Somebody names what we have found: it is theirs."""
-        for endpoint in list(self._found):
-            listing = self._listings.get(endpoint)
-            listed = listing is not None and any(one.endpoint == spec.endpoint for one in listing.sources)
-            if endpoint == spec.endpoint or listed:
-                self.lose(endpoint)
+    def unregister_shared(self, source: str) -> None:
+        """See `Kept.unregister_shared`."""
+        self._membership.unregister_shared(source)
 
-    def finding(self) -> FindingFigures:
-        """How the search for sources is doing."""
-        return self._finder.figures()
+    # The life of a followed source
 
-    # Kept
+    def _follow(self, source: str, spec: SourceSpec) -> None:
+        """Follow a source that was registered.  Raises KvIndexerError if that can't be."""
+        self._sources[source] = known = Followed(source, spec, self._stream(spec), self._rule, self.index)
+        self._answers.add(known)
+        self._start(known)
+        tell(_log, logging.INFO, "source registered", source=source, instance=spec.instance, model=spec.model)
+
+    def _stream(self, spec: SourceSpec) -> Stream:
+        return open_stream(self.settings, spec)
+
+    def _start(self, known: Followed) -> None:
+        """Warm the source's share, then dial."""
+        stream = known.stream
+
+        def dial() -> None:
+            still = self._sources.get(known.source) is known and known.stream is stream
+            if still and self._subscriber is not None:
+                self.changes.attached(known.source, known.spec, stream)  # the keeper has loaded it
+                self._subscriber.add(known.source, known.spec, stream)
+
+        self.index.attach(known.source, known.spec)
+        self.changes.attached(known.source, known.spec, stream)
+        self._keeper.follow(known.source, known.spec, stream, dial)
+
+    def _hang_up(self, source: str, spec: SourceSpec) -> None:
+        """Forget a source that is no longer registered, with all that it holds."""
+        if self._subscriber is not None:
+            self._subscriber.remove(source)
+        if spec.life:
+            self._keeper.ended(source)
+        self._keeper.forget(source)
+        self.changes.forgotten(source)
+        self.index.detach(source)
+        self._answers.remove(self._sources.pop(source))
+        tell(_log, logging.INFO, "source unregistered", source=source, instance=spec.instance, model=spec.model)
 
     def follow_anew(self, source: str) -> None:
         """See `Kept.follow_anew`."""
@@ -448,15 +268,15 @@ class LiveFleet:
         self._start(known)
         self.changed(source)
 
-    def register_shared(self, spec: SourceSpec) -> None:
-        """See `Kept.register_shared`."""
-        self._register(spec)
-        self._asked_for.add(self._name(spec))
-        self._await(spec)  # the store may have been out of reach when we started
+    def _least_trusted(self) -> Iterator[str]:
+        """Sources in the order in which their entries may go when the index is full."""
+        order = sorted(
+            self._sources.values(),
+            key=lambda known: (TRUST[known.stream.state], known.stream.sound, known.stream.complete),
+        )
+        return (known.source for known in order)
 
-    def unregister_shared(self, source: str) -> None:
-        """See `Kept.unregister_shared`."""
-        self._hang_up(source)
+    # Answers
 
     def problems(self) -> Sequence[StoreProblem]:
         """What is wrong with the durable copy."""
@@ -466,80 +286,21 @@ class LiveFleet:
         """How the durable copy is doing."""
         return self._keeper.figures()
 
-    # Answers
+    def finding(self) -> FindingFigures:
+        """How the search for sources is doing."""
+        return self._finder.figures()
 
     def status(self, instance: str) -> InstanceStatus:
         """Worst of what is known of the instance's sources."""
-        cached = self._statuses.get(instance)
-        if cached is not None and self._subscriber is not None and not self._subscriber.busy:
-            return cached
-        status = self._status(self._by_instance.get(instance, ()), time.monotonic())
-        if status.lag_ms == 0.0:
-            self._statuses[instance] = status
-        return status
+        return self._answers.status(instance)
 
     def each_status(self, instances: Sequence[str]) -> list[InstanceStatus]:
         """See `status`; cheaper for many."""
-        known = self._statuses
-        if self._subscriber is None or self._subscriber.busy:
-            known = {}
-        return [known.get(instance) or self.status(instance) for instance in instances]
-
-    def _status(self, sources: list[_Source] | tuple[()], now: float) -> InstanceStatus:
-        if not sources:
-            return InstanceStatus(State.GONE.value, sound=False, complete=False, lag_ms=0.0, verified_ms=None)
-        worst = min((known.stream.state for known in sources), key=_TRUST.__getitem__)
-        verified = [known.stream.verified_at for known in sources]
-        oldest = None if None in verified else min(at for at in verified if at is not None)
-        return InstanceStatus(
-            worst.value,
-            sound=all(known.stream.sound for known in sources),
-            complete=all(self._complete(known) for known in sources),
-            lag_ms=round(1000 * max(self._lag_s(known, now) for known in sources), 1),
-            verified_ms=None if oldest is None else round(1000 * (now - oldest), 1),
-        )
-
-    def _complete(self, known: _Source) -> bool:
-        return known.stream.complete and not self.index.truncated(known.source)
-
-    def _lag_s(self, known: _Source, now: float) -> float:
-        backlog_s = self._subscriber.backlog_s(known.source, now) if self._subscriber is not None else 0.0
-        return max(known.stream.lag_s(now), backlog_s)
-
-    def _refusal(self, source: str) -> str:
-        return self._subscriber.refusal(source) if self._subscriber is not None else ""
+        return self._answers.each_status(instances)
 
     def reports(self) -> list[SourceReport]:
         """Everything worth knowing of each source."""
-        now = time.monotonic()
-        silent = [listing for listing in self._listings.values() if not listing.sources]
-        return [self._report(known, now) for known in self._sources.values()] + [_not_listed(it) for it in silent]
-
-    def _report(self, known: _Source, now: float) -> SourceReport:
-        stream, stats = known.stream, self.index.stats(known.source)
-        return SourceReport(
-            spec=known.spec,
-            source=known.source,
-            state=stream.state.value,
-            why=self._refusal(known.source) or ("entries were dropped at a bound" if stats.truncated else stream.why),
-            sound=stream.sound,
-            complete=stream.complete and not stats.truncated,
-            epoch=stream.epoch,
-            seq=stream.last_seq,
-            lag_ms=round(1000 * self._lag_s(known, now), 1),
-            last_event_s=None if stream.event_at is None else round(now - stream.event_at, 3),
-            batches=known.batches,
-            gaps=stream.gaps,
-            replays=stream.replays,
-            orphans=stats.orphans,
-            poison=known.poison,
-            blocks=stats.blocks,
-            stored=self._keeper.stored(known.source),
-            accuracy=known.accuracy.figures,
-            unfilled=stream.unfilled,
-            gap_open=stream.gap_open,
-            verified_s=None if stream.verified_at is None else round(now - stream.verified_at, 3),
-        )
+        return self._answers.reports(self._sources.values(), self._membership.silent())
 
     def feedback(
         self,
@@ -554,7 +315,7 @@ class LiveFleet:
         """What an engine reported against what was predicted; one report for each source that it is about."""
         now = time.monotonic()
         reports = []
-        for known in self._by_instance.get(instance, ()):
+        for known in self._answers.of(instance):
             spec = known.spec
             fits = spec.tenant == tenant and model in (None, spec.model) and rank in (None, spec.rank)
             if not fits or is_store(spec):
@@ -567,14 +328,6 @@ class LiveFleet:
                 _log.warning("source %s: claims were wrong again and again, it is verified anew", known.source)
         return reports
 
-    def _least_trusted(self) -> Iterator[str]:
-        """Sources in the order in which their entries may go when the index is full."""
-        order = sorted(
-            self._sources.values(),
-            key=lambda known: (_TRUST[known.stream.state], known.stream.sound, known.stream.complete),
-        )
-        return (known.source for known in order)
-
     # Sink
 
     def apply(self, source: str, seq: int, payload: bytes) -> None:
@@ -586,14 +339,12 @@ class LiveFleet:
         try:
             change = self.index.apply(source, payload)
         except WireError as error:
-            known.poison += 1
-            known.stream.damaged(f"message {seq} can't be read: {error.reason}")
+            known.unread(f"message {seq} can't be read: {error.reason}")
             self._counters.skipped({error.reason: 1})
             self._keeper.applied(source, seq, payload, Change())
             return
         except Exception:  # noqa: BLE001 - one bad source must not stop the others; it is logged and its flags go
-            known.poison += 1
-            known.stream.damaged(f"message {seq} could not be applied")
+            known.unread(f"message {seq} could not be applied")
             self._counters.skipped({"internal_error": 1})
             _log.exception("source %s: message %d could not be applied", source, seq)
             self._keeper.applied(source, seq, payload, Change())
@@ -601,7 +352,7 @@ class LiveFleet:
         self._counters.applied(change)
         if self._speculation.alive:
             self._confirm(source, change)
-        self._consider(known, seq, change)
+        known.consider(seq, change)
         self.changes.applied(source, seq, change)
         self._keeper.applied(source, seq, payload, change)
 
@@ -620,31 +371,12 @@ class LiveFleet:
                 keyspace = Keyspace(spec.tenant, spec.model, spec.additional_salt, size)
                 self._speculation.confirm(keyspace, spec.instance, of_size)
 
-    def _consider(self, known: _Source, seq: int, change: Change) -> None:
-        """What a batch means for the truth of the source's flags."""
-        lost = sum(change.skipped.get(reason, 0) for reason in _LOST_EVENTS)
-        if lost:
-            known.poison += lost
-            known.stream.damaged(f"{lost} events could not be read or kept")
-        if change.uncertain:
-            tiers = ", ".join(tier.label for tier in change.uncertain)
-            known.stream.uncertain(f"the cache was reset; whether {tiers} was emptied too is not on the wire")
-        elif change.cleared and not lost:
-            blocks = self.index.stats(known.source).blocks
-            if not any(blocks[tier] for tier in TIERS if tier not in change.cleared):
-                known.stream.cleared(seq)
-
     def withdraw(self, source: str, reason: str, *, everything: bool) -> None:
         """Forget what a life that is over held; tiers that outlive it stay, and are not proven any more."""
         known = self._sources.get(source)
         if known is None:
             return
-        durable: set[Tier] = set() if everything else {tier_named(name) for name in known.spec.durable_tiers}
-        if is_store(known.spec) and not everything:
-            durable = set(TIERS)
-        entries = self.index.withdraw(source, [tier for tier in TIERS if tier not in durable])
-        if any(self.index.stats(source).blocks):
-            known.stream.uncertain("entries of an earlier life were kept")
+        entries = known.withdraw(everything=everything)
         self._counters.withdrawn(reason, entries)
         self.changes.withdrawn(source)
         self._keeper.withdrawn(source, reason)
@@ -654,53 +386,9 @@ class LiveFleet:
         """Forget what was answered about the source's instance."""
         known = self._sources.get(source)
         if known is not None:
-            self._statuses.pop(known.spec.instance, None)
-            if known.stream.state is not known.told or known.stream.epoch != known.told_epoch:
-                self._tell(known)
-
-    def _tell(self, known: _Source) -> None:
-        """The source has another state, or another life: one line, with how long the last one lasted."""
-        stream, now = known.stream, time.monotonic()
-        before, known.told = known.told, stream.state
-        lasted_s, known.told_at, known.told_epoch = now - known.told_at, now, stream.epoch
-        tell(
-            _log,
-            logging.INFO if stream.state in (State.LIVE, State.SYNCING) else logging.WARNING,
-            f"source {stream.state.value}",
-            source=known.source,
-            instance=known.spec.instance,
-            before=before.value,
-            duration_ms=round(1000 * lasted_s, 1),
-            epoch=stream.epoch,
-            seq=stream.last_seq,
-            sound=stream.sound,
-            complete=self._complete(known),
-            blocks=sum(self.index.stats(known.source).blocks),
-            why=stream.why,
-        )
+            self._answers.changed(known.spec.instance)
+            known.tell()
 
     def dropped(self, source: str, reason: str) -> None:  # noqa: ARG002 - metrics have no label a source could choose
         """Count a frame that had no effect."""
         self._counters.skipped({reason: 1})
-
-
-def _not_listed(listing: Listing) -> SourceReport:
-    """The report of an engine that has not listed its publishers yet."""
-    return SourceReport(
-        spec=listing.spec,
-        source=listing.spec.endpoint,
-        state=State.SYNCING.value,
-        why=listing.why,
-        sound=True,
-        complete=False,
-        epoch=0,
-        seq=None,
-        lag_ms=0.0,
-        last_event_s=None,
-        batches=0,
-        gaps=0,
-        replays=0,
-        orphans=0,
-        poison=0,
-        blocks=(0, 0, 0, 0),
-    )
