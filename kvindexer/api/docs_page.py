@@ -50,6 +50,8 @@ def _page(document: Mapping[str, Any]) -> Iterator[str]:
     yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     yield f"<h1>{title}</h1><p>{escape(info.get('summary', ''))}</p><p>{_prose(info.get('description', ''))}</p>"
     yield '<p>For programs: <a href="openapi.json">openapi.json</a></p><h2>Routes</h2>'
+    titles = [f"{method.upper()} {path}" for path, operations in document["paths"].items() for method in operations]
+    yield "<p>" + ", ".join(f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title in titles) + "</p>"
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             yield from _operation(f"{method.upper()} {path}", operation)
@@ -60,7 +62,7 @@ def _page(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _operation(title: str, operation: Mapping[str, Any]) -> Iterator[str]:
-    yield f"<h3>{escape(title)}</h3><p>{escape(operation.get('summary', ''))}</p>"
+    yield f'<h3 id="{_anchor(title)}">{escape(title)}</h3><p>{escape(operation.get("summary", ""))}</p>'
     yield f"<p>{_prose(operation.get('description', ''))}</p><table>"
     for parameter in operation.get("parameters", ()):
         name = escape(parameter["name"]) + ("" if parameter.get("required") else "?")
@@ -72,6 +74,10 @@ def _operation(title: str, operation: Mapping[str, Any]) -> Iterator[str]:
         said = _prose(answer.get("description", ""))
         yield f"<tr><td>{escape(str(status))}<td>{', '.join(sorted(kinds))}<td>{said}"
     yield "</table>"
+
+
+def _anchor(title: str) -> str:
+    return escape(title.replace(" ", ":"))
 
 
 def _fields(schema: Mapping[str, Any]) -> Iterator[str]:
