@@ -145,6 +145,13 @@ def test_trap_26_what_can_not_be_used_is_refused(api: Api, what: str, params: di
     assert error(api.client.get(f"/v1/heat/{what}", params=params))[0] == status
 
 
+def test_a_parameter_that_is_missing_is_said_to_be_missing(api: Api) -> None:
+    told = [
+        api.client.get(f"/v1/heat/prefixes{query}").json()["error"]["message"] for query in ("", "?model=m&top=0")
+    ]
+    assert told == ["not usable: query.model (missing)", "not usable: query.top"]
+
+
 def test_offload_plans_know_the_heat(api: Api) -> None:
     """The figure of a plan is that of the same counts."""
     source = api.add("pod-a")

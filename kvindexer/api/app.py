@@ -243,11 +243,10 @@ def _answer_errors(app: FastAPI) -> None:
                 return _response(RequestError("invalid_request", "the request can't be read", status=status))
 
     async def invalid(_: Request, error: Exception) -> Response:
-        places = (
-            [".".join(map(str, item["loc"])) for item in error.errors()]
-            if isinstance(error, RequestValidationError)
-            else []
-        )
+        wrong = error.errors() if isinstance(error, RequestValidationError) else []
+        places = [
+            ".".join(map(str, item["loc"])) + (" (missing)" if item["type"] == "missing" else "") for item in wrong
+        ]
         message = f"not usable: {', '.join(places[:5])}"
         return _response(RequestError("invalid_request", message, "see /docs for the parameters", status=422))
 
