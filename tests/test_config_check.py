@@ -84,7 +84,7 @@ def test_every_value_that_cannot_be_used_has_its_line(check: Check, tmp_path: Pa
         ({"auth_tokens_file": "/none"}, "auth_tokens_file", "No such file"),
         ({"discovery": "kubernetes", "discovery_kubeconfig": "/none"}, "discovery_kubeconfig", "/none not found"),
         ({"discovery": "kubernetes"}, "discovery", "a pod with a mounted service-account token"),
-        ({"curve_secret_key_file": "/none"}, "curve_secret_key_file", "a CURVE key pair"),
+        ({"curve_secret_key_file": "/none"}, "curve_secret_key_file", "a CURVE key pair (No such file or directory)"),
         ({"tls_cert_file": "/none", "tls_key_file": "/none"}, "tls_cert_file", "No such file"),
     ],
 )

@@ -65,6 +65,7 @@ def open_curve(path: Path | None) -> Curve:
     if path is None:
         return Curve()
     try:
+        path.open("rb").close()  # load_certificate doesn't say why a file can't be opened
         public, secret = load_certificate(path)
     except (OSError, ValueError) as error:
         expected = (

@@ -174,7 +174,7 @@ class Access(BaseModel):
                 raise SettingsError(other, None, f"a value: {key} is set and says nothing without it")
         if self.auth == "none" and self.ways_in:
             raise SettingsError(
-                "auth", self.auth, f"required, or no {self.ways_in[0]}: it would let nobody in or out"
+                "auth", self.auth, f"required, or no {self.ways_in[0]}: with none nobody is asked who he is"
             )
         if self.auth == "required" and not self.ways_in:
             raise SettingsError(
