@@ -152,6 +152,21 @@ def test_a_store_that_is_down_is_noted(bundle: Bundle) -> None:
     assert MARK.encode() not in b"".join(parts.values())
 
 
+def test_a_service_that_lets_nobody_in_is_noted(bundle: Bundle, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.yaml"
+    tokens.touch(0o600)
+    tokens.write_text(yaml.safe_dump({"tokens": [{"name": "a", "token": f"{MARK}-0123456789", "roles": ["admin"]}]}))
+    service = Served(tmp_path, "shut", "--set", f"auth_tokens_file={tokens}", "--set", "drain_s=0")
+    service.start()
+    try:
+        _, parts, _ = bundle("--url", service.url)
+    finally:
+        service.close()
+    missing = json.loads(parts["manifest.json"])["missing"]
+    assert "401" in missing["service/sources.json"]
+    assert missing["service/tiers.json"] == "the tenants are not known without service/sources.json"
+
+
 def test_another_program_at_the_address_is_noted(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answers are JSON of another form, and one is longer than a part may be."""
     monkeypatch.setattr(support_bundle, "MAX_PART_BYTES", 1000)

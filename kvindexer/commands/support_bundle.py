@@ -194,6 +194,8 @@ class _Bundle:
         return {"version": str(self._get("/openapi.json")["info"]["version"])}
 
     def _tiers(self, raw: dict[str, Any]) -> list[Any]:
+        if "service/sources.json" not in raw:
+            raise CommandError("the tenants are not known without service/sources.json")
         tenants = dict.fromkeys(source["tenant"] for source in raw["service/sources.json"]["sources"])
         asked = [f"/v1/tiers?tenant={quote(tenant, safe='')}" for tenant in list(tenants)[:MAX_TENANTS]]
         return [self._get(path) for path in asked]
