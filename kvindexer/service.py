@@ -264,7 +264,8 @@ def run(settings: Settings, reloads: Reloads) -> int:
             listening.append(_listen(host, port))
         except OSError as error:
             names = "probe_host or probe_port" if listening else "--host or --port"
-            sys.stderr.write(f"kvindexer: can't listen on {host}:{port}: {error.strerror}; choose another {names}\n")
+            why = (error.strerror or str(error)).partition(" (while ")[0]  # create_server adds the address again
+            sys.stderr.write(f"kvindexer: can't listen on {host}:{port}: {why}; choose another {names}\n")
             return 1
     probes = (*listening, None)[1]
     try:

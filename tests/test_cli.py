@@ -397,6 +397,34 @@ def test_simulated_engines_register_and_unregister(stub: Stub, start: Callable[.
     assert [path for path, _ in stub.asked[2:]] == ["/unregister", "/unregister"]
 
 
+def test_a_fleet_says_that_it_waits_for_the_service() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    code, _, err = run("simulate", "--register", url, "--duration-s", "1")
+    assert code == 0
+    assert re.fullmatch(rf"kvindexer: no answer from {url}: .*; trying for 30 s\n", err)
+
+
+def test_a_port_that_is_taken_is_said_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = run("serve", "--port", str(port))
+    assert code == 1
+    line = f"kvindexer: can't listen on 127.0.0.1:{port}: Address already in use; choose another --host or --port"
+    assert err.splitlines()[-1] == line
+
+
+def test_a_command_that_may_not_ask_says_by_which_flag(stub: Stub, tmp_path: Path) -> None:
+    stub.status = 401
+    stub.answer = b'{"error": {"code": "unauthenticated", "message": "who is asking?", "hint": "present a token"}}'
+    prompt = tmp_path / "prompt"
+    prompt.write_text("1 2 3")
+    assert run("query", str(prompt), "--url", stub.url, "--model", "m")[2].endswith(
+        "  present a token (--token-file, --cert-file)\n"
+    )
+    assert run("simulate", "--register", stub.url)[2].endswith("  present a token\n")
+
+
 def test_a_fleet_that_is_refused_ends(stub: Stub) -> None:
     stub.status = 409
     stub.answer = b'{"error": {"code": "conflict", "message": "taken", "hint": ""}}'

@@ -101,7 +101,7 @@ def call(
     data = None if body is None else json.dumps(body).encode()
     answer = exchange(url, path, data, timeout_s=timeout_s, max_bytes=max_bytes, way=way)
     if not 200 <= answer.status < 300:  # noqa: PLR2004 - HTTP's classes
-        raise _refused(answer.status, answer.body)
+        raise _refused(answer.status, answer.body, way)
     try:
         return json.loads(answer.body)
     except ValueError:
@@ -163,10 +163,13 @@ def check_url(url: str) -> None:
         )
 
 
-def _refused(status: int, content: bytes) -> CommandError:
+def _refused(status: int, content: bytes, way: WayIn) -> CommandError:
     """Make an error of the service's one error shape."""
     try:
         error = json.loads(content)["error"]
-        return CommandError(f"{error['message']} ({error['code']}, {status})", str(error.get("hint") or ""))
+        hint = str(error.get("hint") or "")
+        if status == 401 and way is not OPEN:  # noqa: PLR2004 - HTTP's; who asks as OPEN has no such flags
+            hint += " (--token-file, --cert-file)"
+        return CommandError(f"{error['message']} ({error['code']}, {status})", hint)
     except (ValueError, LookupError, TypeError):
         return CommandError(f"the service answered {status}")

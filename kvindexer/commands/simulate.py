@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -143,14 +144,18 @@ def _fleet(options: Namespace, traffic: Traffic) -> SimulatedFleet:
 def _register(url: str, specs: Sequence[dict[str, Any]], stop: Stop) -> None:
     """Register every engine; the service may be starting still."""
     deadline = monotonic() + REGISTER_WITHIN_S
+    told = False
     for spec in specs:
         while not stop.requested:
             try:
                 call(url, "/register", registration(spec))
                 break
-            except UnreachableError:
+            except UnreachableError as error:
                 if monotonic() > deadline:
                     raise
+                if not told:
+                    print(f"kvindexer: {error.message}; trying for {REGISTER_WITHIN_S:.0f} s", file=sys.stderr)
+                    told = True
             stop.wait(0.2)
 
 
