@@ -50,11 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> ArgumentParser:
     """Build the command line."""
-    made = ArgumentParser(prog="kvindexer", description="Which inference pod holds which prompt prefix, right now.")
+    made = ArgumentParser(
+        prog="kvindexer", description="Which inference pod holds which prompt prefix, right now.", allow_abbrev=False
+    )
     made.add_argument("--version", action="version", version=f"kvindexer {_version()}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, fill) in COMMANDS.items():
-        fill(commands.add_parser(name, help=summary, description=summary))
+        fill(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
     return made
 
 
@@ -82,7 +84,7 @@ def _settings(made: ArgumentParser) -> None:
 
 def _config(made: ArgumentParser) -> None:
     actions = made.add_subparsers(dest="action", required=True, metavar="ACTION")
-    check = actions.add_parser("check", help=CONFIG_CHECK, description=CONFIG_CHECK)
+    check = actions.add_parser("check", help=CONFIG_CHECK, description=CONFIG_CHECK, allow_abbrev=False)
     _settings(check)
     check.add_argument("--connect", action="store_true", help="ask the store, too")
     check.add_argument("--json", action="store_true", help="for programs")
@@ -183,7 +185,9 @@ def _inspect(made: ArgumentParser) -> None:
     _inspected(made)
     views = made.add_subparsers(dest="view", metavar="VIEW")
     for name, summary in VIEWS.items():
-        view = views.add_parser(name, help=summary, description=summary, argument_default=SUPPRESS)
+        view = views.add_parser(
+            name, help=summary, description=summary, argument_default=SUPPRESS, allow_abbrev=False
+        )
         if name in ("source", "entries"):
             view.add_argument("source", metavar="SOURCE", help="its name (its endpoint), or its instance's")
         if name == "entries":

@@ -246,6 +246,7 @@ def test_the_page_of_the_routes_needs_nothing_from_elsewhere() -> None:
     assert text.count("<style>") == 1
     for path, operations in document["paths"].items():
         assert all(f">{method.upper()} {path}</h3>" in text for method in operations)
+    assert "<td>Token ids of the prompt." in text, "of fields that may be absent, too"
     titles = {f"{method.upper()}:{path}" for path, operations in document["paths"].items() for method in operations}
     ids = set(re.findall(r' id="([^"]+)"', text))
     links = set(re.findall(r'href="#([^"]+)"', text))

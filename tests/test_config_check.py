@@ -55,7 +55,7 @@ def test_what_differs_from_the_defaults_is_shown_as_yaml_with_its_origin(
     assert "max_batch: 9  # variable\n" in out
     assert "max_candidates: 6  # flag\n" in out
     assert "drain_s" not in out
-    assert out.endswith("# usable; 6 settings differ from their defaults\n")
+    assert out.endswith("# usable; settings that differ from their defaults: 6\n")
     again = load_settings(None, yaml.safe_load(out), {})
     assert again == load_settings(file, {"port": 0, "sources": [SOURCE], "max_candidates": 6, "max_batch": 9}, {})
 

@@ -62,7 +62,9 @@ def look_up(tokens: Tokens, digest: bytes, now_s: float) -> Identity | None:
     if known is None:
         return None
     if known.until_s is not None and now_s >= known.until_s:
-        raise UnauthenticatedError("the token has expired", f"give {known.identity.name} a new one")
+        raise UnauthenticatedError(
+            "the token has expired", f"the tokens file has it as {known.identity.name!r}; put a new one there"
+        )
     return known.identity
 
 

@@ -85,8 +85,14 @@ def _fields(schema: Mapping[str, Any]) -> Iterator[str]:
     yield "<table>"
     for name, field in schema.get("properties", {}).items():
         mark = "" if name in required else "?"
-        yield f"<tr><td>{escape(name)}{mark}<td>{_kind(field)}<td>{_prose(field.get('description', ''))}"
+        yield f"<tr><td>{escape(name)}{mark}<td>{_kind(field)}<td>{_prose(_description(field))}"
     yield "</table>"
+
+
+def _description(schema: Mapping[str, Any]) -> str:
+    """What a value means; that of one which may be absent is said of its forms."""
+    said = [schema, *schema.get("anyOf", ())]
+    return next((each["description"] for each in said if "description" in each), "")
 
 
 def _kind(schema: Mapping[str, Any]) -> str:

@@ -56,4 +56,4 @@ def _print(options: Namespace, problems: Sequence[Problem], values: Mapping[str,
     if failed:
         print(f"# not usable: {failed} problem{'s' * (failed != 1)}")
     else:
-        print(f"# usable; {len(values)} settings differ from their defaults")
+        print(f"# usable; settings that differ from their defaults: {len(values)}")
