@@ -131,9 +131,10 @@ _NAMES: Final[dict[type[msgspec.Struct], str]] = {
 
 def _event_schema(kind: type[msgspec.Struct], name: str) -> dict[str, Any]:
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": reference(kind)}
-    position = {"id": {"type": "string"}} if kind is PositionEvent else {}
-    properties = {"event": {"const": name}, "data": data, **position}
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    properties = {"event": {"const": name}, "data": data, "id": {"type": "string"}}
+    # readers of server-sent events keep an id until the next one: behind a position every event has it
+    required = ["event", "data", *(["id"] if kind is PositionEvent else [])]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
 # `itemSchema`, one event: OpenAPI 3.2 has it, FastAPI writes it in 3.1
