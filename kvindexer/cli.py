@@ -101,6 +101,7 @@ def _simulate(made: ArgumentParser) -> None:
     made.add_argument("--route", metavar="URL", help="ask the service there which engine a request should go to")
     made.add_argument("--example", type=Path, metavar="FILE", help="write a query about a prompt that is held there")
     made.add_argument("--duration-s", type=_positive, metavar="SECONDS", help="end by itself")
+    _way_in(made)
     _exit_with_stdin(made)
 
 
@@ -121,6 +122,7 @@ def _demo(made: ArgumentParser) -> None:
     made.add_argument(
         "--duration-s", type=_positive, metavar="SECONDS", help="end by itself, that long after the table appeared"
     )
+    _way_in(made)
 
 
 def _query(made: ArgumentParser) -> None:
@@ -148,8 +150,17 @@ def _doctor(made: ArgumentParser) -> None:
 
 def _service(made: ArgumentParser) -> None:
     made.add_argument("--url", default=DEFAULT_URL, help="of the service (%(default)s)")
-    made.add_argument("--token-file", type=Path, metavar="FILE", help="file with a bearer token, if it wants one")
-    made.add_argument("--ca-file", type=Path, metavar="FILE", help="PEM file of authorities that it is checked with")
+    _way_in(made)
+
+
+def _way_in(made: ArgumentParser) -> None:
+    """What `commands.client.way_in` reads."""
+    made.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="file with a bearer token, if the service wants one"
+    )
+    made.add_argument(
+        "--ca-file", type=Path, metavar="FILE", help="PEM file of authorities that the service is checked with"
+    )
     made.add_argument("--cert-file", type=Path, metavar="FILE", help="PEM file of our own certificate")
     made.add_argument("--key-file", type=Path, metavar="FILE", help="PEM file of its key, if it is not in there too")
 

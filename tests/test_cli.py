@@ -422,7 +422,7 @@ def test_a_command_that_may_not_ask_says_by_which_flag(stub: Stub, tmp_path: Pat
     assert run("query", str(prompt), "--url", stub.url, "--model", "m")[2].endswith(
         "  present a token (--token-file, --cert-file)\n"
     )
-    assert run("simulate", "--register", stub.url)[2].endswith("  present a token\n")
+    assert run("simulate", "--register", stub.url)[2].endswith("  present a token (--token-file, --cert-file)\n")
 
 
 def test_a_fleet_that_is_refused_ends(stub: Stub) -> None:
@@ -437,6 +437,18 @@ def test_a_fleet_asks_where_a_prompt_is_cached(stub: Stub) -> None:
     assert code == 0
     assert stub.asked[0][0] == "/v1/match"
     assert stub.asked[0][1]["model"] == "m"
+
+
+def test_a_fleet_that_gets_no_routes_says_so_once(stub: Stub) -> None:
+    stub.status = 401
+    stub.answer = b'{"error": {"code": "unauthenticated", "message": "who is asking?", "hint": "present a token"}}'
+    code, _, err = run("simulate", "--route", stub.url, "--duration-s", "1")
+    assert code == 0
+    assert len(stub.asked) > 1
+    assert err == (
+        "kvindexer: requests go anywhere while --route has no answer: who is asking? (unauthenticated, 401)\n"
+        "  present a token (--token-file, --cert-file)\n"
+    )
 
 
 def test_the_example_is_a_query_about_a_prompt_of_the_fleet(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,9 +91,9 @@ def test_every_value_that_cannot_be_used_has_its_line(check: Check, tmp_path: Pa
     ],
 )
 def test_a_file_that_is_missing_is_named(check: Check, values: dict[str, str], setting: str, words: str) -> None:
-    """Exit code 1: the values can be read, what they name can't be used."""
+    """Exit code 2, as that of `serve`: the values can be read, what they name can't be used."""
     code, out, problems = check(*set_of(**values))
-    assert code == 1
+    assert code == 2
     named = [line for line in problems if line.startswith(f"kvindexer: fail: setting {setting}: ")]
     assert len(named) == 1
     assert words in named[0]
@@ -108,7 +110,7 @@ def test_tokenizers_are_all_looked_at_and_tokens_never_shown(check: Check, tmp_p
     assert SECRET not in out
     tokens.write_text(f"tokens: [{{name: x, token: {SECRET}-{SECRET}, roles: [quarry]}}]")
     code, out, problems = check(*set_of(auth_tokens_file=tokens))
-    assert code == 1
+    assert code == 2
     assert len(problems) == 1
     assert SECRET not in out + problems[0]
 
@@ -122,21 +124,37 @@ def test_a_certificate_must_fit_its_key(check: Check, tmp_path: Path) -> None:
     other.private_key_pem.write_to_path(foreign)
     assert check(*set_of(tls_cert_file=ours, tls_key_file=key))[0] == 0
     code, _, problems = check(*set_of(tls_cert_file=ours, tls_key_file=foreign))
-    assert code == 1
+    assert code == 2
     assert "a PEM certificate that belongs to the key" in problems[0]
     pair = set_of(tls_cert_file=ours, tls_key_file=key)
     code, _, problems = check(*pair, *set_of(tls_client_ca_file=key))
-    assert code == 1
+    assert code == 2
     assert "setting tls_client_ca_file" in problems[0]
 
 
 def test_sources_that_contradict_each_other_are_found_before_a_start_would_fail(check: Check) -> None:
     code, _, problems = check("--source", SOURCE, "--source", SOURCE.replace("0.1:1", "0.2:1"))
-    assert code == 1
+    assert code == 2
     assert "instance 'a' rank 0 of 'm' publishes at tcp://10.0.0.1:1" in problems[0]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        set_of(max_batch="x"),
+        set_of(auth_tokens_file="/none"),
+        ["--source", SOURCE, "--source", SOURCE.replace("0.1:1", "0.2:1")],
+    ],
+)
+def test_serve_ends_with_the_same_code(check: Check, wrong: list[str]) -> None:
+    """A value, a file that it names, and sources that can't be followed together."""
+    command = [sys.executable, "-m", "kvindexer", "serve", "--port", "0", *wrong]
+    served = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+    assert served.returncode == check("--port", 0, *wrong)[0] == 2
+
+
 def test_the_store_is_asked_only_if_that_is_wanted(check: Check) -> None:
+    """Exit code 1 if it does not answer: `serve` would start all the same."""
     with Server(password=SECRET) as server:
         url = f"redis://:{SECRET}@{HOST}:{server.port}"
         code, out, problems = check("--store", url, "--connect")
@@ -145,7 +163,7 @@ def test_the_store_is_asked_only_if_that_is_wanted(check: Check) -> None:
         assert check("--store", url.replace(SECRET, "wrong"))[0] == 0
         code, out, problems = check("--store", url.replace(SECRET, "wrong"), "--connect")
         assert code == 1
-        assert "setting store: redis://:***@" in problems[0]
+        assert problems[0].startswith("kvindexer: down: setting store: redis://:***@")
     assert check("--store", url)[0] == 0
     code, _, problems = check("--store", url, "--connect")
     assert (code, len(problems)) == (1, 1)

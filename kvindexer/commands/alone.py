@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.text import Text
 
 from kvindexer.commands.child import Child, kvindexer
-from kvindexer.commands.client import call
+from kvindexer.commands.client import UntrustedError, WayIn, call
 from kvindexer.commands.deployment import HOST, POLL_TIMEOUT_S, SERVE, USUAL_PORT, Rates, free_port
 from kvindexer.commands.failure import CommandError
 from kvindexer.commands.tables import STATE_COLUMNS, TIER_COLUMNS, cell, state_cells, table, tier_cells
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Alone:
     """One service."""
 
-    def __init__(self, port: int | None) -> None:
-        self.url = f"http://{HOST}:{free_port(port, USUAL_PORT)}"
+    def __init__(self, port: int | None, way: WayIn, *, secured: bool) -> None:
+        self._way = way
+        self.url = f"{'https' if secured else 'http'}://{HOST}:{free_port(port, USUAL_PORT)}"
         self._serve = Child("kvindexer serve", kvindexer(*SERVE, "--port", self.url.rpartition(":")[2]))
         self._rates = Rates()
 
@@ -39,7 +40,9 @@ class Alone:
     def ready(self) -> bool:
         """See `Deployment.ready`."""
         try:
-            call(self.url, "/health", timeout_s=POLL_TIMEOUT_S)
+            call(self.url, "/health", timeout_s=POLL_TIMEOUT_S, way=self._way)
+        except UntrustedError:
+            raise
         except CommandError:
             return False
         return True
@@ -50,7 +53,7 @@ class Alone:
 
     def overview(self) -> Group:
         """See `Deployment.overview`."""
-        answer = call(self.url, "/v1/sources", timeout_s=POLL_TIMEOUT_S)
+        answer = call(self.url, "/v1/sources", timeout_s=POLL_TIMEOUT_S, way=self._way)
         return overview(answer, self._rates.between(monotonic(), answer["totals"]))
 
 

@@ -22,6 +22,8 @@ from kvindexer.errors import without_user
 if TYPE_CHECKING:
     from argparse import Namespace
 
+WAY_IN: Final = ("token_file", "ca_file", "cert_file", "key_file")
+"""The options that `way_in` reads."""
 TIMEOUT_S: Final = 10.0
 MAX_ANSWER_BYTES: Final = 256 * 1024 * 1024
 _PIECE_BYTES: Final = 64 * 1024
@@ -29,6 +31,10 @@ _PIECE_BYTES: Final = 64 * 1024
 
 class UnreachableError(CommandError):
     """Nothing answers there."""
+
+
+class UntrustedError(UnreachableError):
+    """Somebody answers there whose certificate proves nothing to us; asking again is of no use."""
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -75,6 +81,12 @@ def way_in(options: Namespace) -> WayIn:
             why = getattr(error, "strerror", None) or "no PEM files that belong together"
             raise CommandError(f"{named}: {why}", exit_code=2) from None
     return WayIn(_token_in(options.token_file) if options.token_file else "", _opener(tls))
+
+
+def way_in_flags(options: Namespace) -> list[str]:
+    """The same flags for another command."""
+    named = {name: getattr(options, name) for name in WAY_IN}
+    return [word for name, file in named.items() if file for word in (f"--{name.replace('_', '-')}", str(file))]
 
 
 def _token_in(file: Path) -> str:
@@ -133,6 +145,11 @@ def exchange(
                 return Answer(error.code, error.read(max_bytes))
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            why = f"{without_user(url)} is not trusted: {reason.verify_message}"
+            raise UntrustedError(
+                why, "--ca-file: who vouches for it, if that is nobody whom everybody trusts"
+            ) from None
         raise UnreachableError(
             f"no answer from {without_user(url)}: {reason}", "is the service running there? kvindexer serve"
         ) from None

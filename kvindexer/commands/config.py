@@ -2,7 +2,7 @@
 
 It reads variables, file and flags as `serve` does, and looks at all that can be looked at without serving.  What it
 prints on standard output is YAML: the settings that differ from their defaults, with secrets hidden.  Exit codes: 0
-usable, 1 something that a setting names is not (a file, a server), 2 a value is not.
+usable, 2 `serve` would end with 2 (a value, or a file that it names), 1 the store that was asked does not answer.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def run(options: Namespace) -> int:
     found = asyncio.run(problems(settings, connect=options.connect))
     values = {name: {"value": value, "from": origins.get(name)} for name, value in different(settings).items()}
     _print(options, found, values)
-    return int(any(problem.level == "fail" for problem in found))
+    levels = {problem.level for problem in found}
+    return UNUSABLE if "fail" in levels else int("down" in levels)
 
 
 def _print(options: Namespace, problems: Sequence[Problem], values: Mapping[str, Mapping[str, Any]]) -> None:
-    failed = sum(problem.level == "fail" for problem in problems)
+    failed = sum(problem.level != "warn" for problem in problems)
     if options.json:
         told = {"usable": not failed, "problems": [one._asdict() for one in problems], "settings": values}
         print(json.dumps(told, indent=2))

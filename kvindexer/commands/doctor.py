@@ -14,7 +14,7 @@ from rich.text import Text
 
 from kvindexer import __version__
 from kvindexer.commands.checkup import Finding, findings
-from kvindexer.commands.client import OPEN, UnreachableError, WayIn, call, way_in
+from kvindexer.commands.client import OPEN, UnreachableError, UntrustedError, WayIn, call, way_in
 from kvindexer.commands.failure import CommandError
 from kvindexer.commands.tables import BAD, DOUBTFUL, GOOD, cell, console
 
@@ -44,11 +44,9 @@ def examine(url: str, way: WayIn = OPEN) -> list[Finding]:
     try:
         health = call(url, "/health", way=way)
     except UnreachableError as error:
-        return [
-            Finding(
-                "fail", "reachable", error.message, "is the service running there, and is the port the right one?"
-            )
-        ]
+        found = isinstance(error, UntrustedError)
+        advice = error.hint if found else "is the service running there, and is the port the right one?"
+        return [Finding("fail", "reachable", error.message, advice)]
     try:
         sources = call(url, "/v1/sources", way=way)["sources"]
         version = call(url, "/openapi.json", way=way)["info"]["version"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from rich.console import Group
 
 from kvindexer.commands.child import Child, kvindexer
-from kvindexer.commands.client import call
+from kvindexer.commands.client import WayIn, call
 from kvindexer.commands.deployment import HOST, POLL_TIMEOUT_S, SERVE, USUAL_PORT, Rates, free_port
 from kvindexer.commands.failure import CommandError
 from kvindexer.commands.tables import BAD, GOOD, cell, table
@@ -47,7 +47,8 @@ class _Replica:
 class Replicated:
     """Replicas, the Redis that they share, and the balancer in front of them."""
 
-    def __init__(self, count: int, port: int | None, folder: Path) -> None:
+    def __init__(self, count: int, port: int | None, folder: Path, way: WayIn) -> None:
+        self._way = way
         try:
             server = server_binary()
         except RuntimeError as error:
@@ -109,8 +110,8 @@ class Replicated:
             "ready": one.backend in self._balancer.ready,
         }
         try:
-            health = call(one.url, "/health", timeout_s=POLL_TIMEOUT_S)
-            answer = call(one.url, "/v1/sources", timeout_s=POLL_TIMEOUT_S)
+            health = call(one.url, "/health", timeout_s=POLL_TIMEOUT_S, way=self._way)
+            answer = call(one.url, "/v1/sources", timeout_s=POLL_TIMEOUT_S, way=self._way)
         except CommandError:
             return row | {"store": "no answer"}
         rates = one.rates.between(monotonic(), answer["totals"])

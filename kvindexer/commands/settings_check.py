@@ -1,7 +1,7 @@
 """What is wrong with settings, as far as that can be seen without serving: files are read, nothing is listened on.
 
-`fail`: the service would not start, or could never do what is asked of it.  `warn`: it would start, and this would be
-missed.  The store is asked only if that is wanted; engines and the Kubernetes API server never are.
+`fail`: the service would not start.  `down`: it would, and what it needs does not answer.  `warn`: it would start,
+and this would be missed.  The store is asked only if that is wanted; engines and the Kubernetes API server never are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvindexer.watching.tracing import Tracing
 class Problem(NamedTuple):
     """What is wrong with one setting."""
 
-    level: Literal["fail", "warn"]
+    level: Literal["fail", "down", "warn"]
     setting: str
     message: str
 
@@ -105,6 +105,6 @@ async def _store(settings: Settings, *, connect: bool) -> list[Problem]:
             return []
         return [Problem("warn", "store", problem.message) for problem in await server.examine()]
     except StoreError as error:
-        return [Problem("fail", "store", f"{settings.store}: {error.message} ({error.reason}); {error.hint}")]
+        return [Problem("down", "store", f"{settings.store}: {error.message} ({error.reason}); {error.hint}")]
     finally:
         await server.close()

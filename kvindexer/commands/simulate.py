@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
-from kvindexer.commands.client import UnreachableError, call
+from kvindexer.commands.client import UnreachableError, UntrustedError, WayIn, call, way_in
 from kvindexer.commands.failure import CommandError
 from kvindexer.commands.routing import PrefixRouter
 from kvindexer.commands.stopping import Stop, exit_with_stdin
@@ -36,20 +36,21 @@ def run(options: Namespace) -> int:
     """Run engines under traffic until a signal."""
     if options.exit_with_stdin:
         exit_with_stdin()
+    way = way_in(options)
     with Stop() as stop:
         stop.after(options.duration_s)
         traffic = Example(_traffic(options), options.model, options.example)
-        fleet = _fleet(options, traffic)
+        fleet = _fleet(options, traffic, way)
         try:
             for spec in fleet.specs():
                 print(f"--source {source_flag(spec)}", flush=True)
             if options.register:
-                _register(options.register, fleet.specs(), stop)
+                _register(options.register, way, fleet.specs(), stop)
             refused = _drive(fleet, traffic, options.rate, stop)
         finally:
             fleet.stop()
         if options.register:
-            _unregister(options.register, fleet.specs())
+            _unregister(options.register, way, fleet.specs())
         done = fleet.counters
         print(
             f"{done.requests} requests ({refused} were too long), "
@@ -120,13 +121,13 @@ def _traffic(options: Namespace) -> Traffic:
         raise CommandError(str(error), exit_code=2) from None
 
 
-def _fleet(options: Namespace, traffic: Traffic) -> SimulatedFleet:
+def _fleet(options: Namespace, traffic: Traffic, way: WayIn) -> SimulatedFleet:
     if options.first_port and options.first_port + 2 * options.engines > MAX_PORT + 1:  # ZMQ would wrap it round
         raise CommandError(
             f"--first-port {options.first_port} leaves no room for {options.engines} engines", exit_code=2
         )
     pool = PoolShape(num_blocks=options.blocks, block_size=options.block_size, cpu_blocks=options.cpu_blocks)
-    router = None if options.route is None else PrefixRouter(options.route, options.model, options.seed)
+    router = None if options.route is None else PrefixRouter(options.route, options.model, options.seed, way)
     try:
         return SimulatedFleet(
             options.engines,
@@ -141,17 +142,17 @@ def _fleet(options: Namespace, traffic: Traffic) -> SimulatedFleet:
         raise CommandError(f"the engines can't start: {error}", exit_code=2) from None
 
 
-def _register(url: str, specs: Sequence[dict[str, Any]], stop: Stop) -> None:
+def _register(url: str, way: WayIn, specs: Sequence[dict[str, Any]], stop: Stop) -> None:
     """Register every engine; the service may be starting still."""
     deadline = monotonic() + REGISTER_WITHIN_S
     told = False
     for spec in specs:
         while not stop.requested:
             try:
-                call(url, "/register", registration(spec))
+                call(url, "/register", registration(spec), way=way)
                 break
             except UnreachableError as error:
-                if monotonic() > deadline:
+                if isinstance(error, UntrustedError) or monotonic() > deadline:
                     raise
                 if not told:
                     print(f"kvindexer: {error.message}; trying for {REGISTER_WITHIN_S:.0f} s", file=sys.stderr)
@@ -159,10 +160,10 @@ def _register(url: str, specs: Sequence[dict[str, Any]], stop: Stop) -> None:
             stop.wait(0.2)
 
 
-def _unregister(url: str, specs: Sequence[dict[str, Any]]) -> None:
+def _unregister(url: str, way: WayIn, specs: Sequence[dict[str, Any]]) -> None:
     """Take the engines back; a service that has gone meanwhile needs no telling."""
     for spec in specs:
         try:
-            call(url, "/unregister", registration(spec), timeout_s=2.0)
+            call(url, "/unregister", registration(spec), timeout_s=2.0, way=way)
         except CommandError:
             return

@@ -7,7 +7,8 @@
     doctor.json          what `kvindexer doctor` finds
     service/...          health, readiness, sources, tiers, metrics and version of the running service
 
-A part that can't be had is noted, and the rest goes on.  Prompts, tokens and hashes are in none of these to begin
+A part that can't be had is noted, and the rest goes on; the exit code is 1 then, for what was written is not what was
+asked for.  Prompts, tokens and hashes are in none of these to begin
 with; salts, passwords and bearer tokens are hidden, and names of tenants are replaced unless --with-names asks for
 them.  Names of models, instances and hosts stay: without them nothing could be told from anything.
 """
@@ -64,7 +65,7 @@ class _Gathered(NamedTuple):
 
 
 def run(options: Namespace) -> int:
-    """Gather, clean and write; what could not be had is told on standard error."""
+    """Gather, clean and write; what could not be had is told on standard error, and makes the exit code 1."""
     way = way_in(options)
     redaction = Redaction(with_names=options.with_names)
     redaction.hide([way.token])
@@ -76,11 +77,13 @@ def run(options: Namespace) -> int:
         except BaseException:
             options.out.unlink()  # half a bundle would be taken for a whole one
             raise
-    for name, why in gathered.missing.items():
-        print(f"kvindexer: not in the bundle: {name}: {why}", file=sys.stderr)
-    print(f"{options.out}: {len(gathered.parts) + 1} parts, {size} bytes")
+    for why in dict.fromkeys(gathered.missing.values()):
+        names = [name for name, reason in gathered.missing.items() if reason == why]
+        print(f"kvindexer: not in the bundle: {', '.join(names)}: {why}", file=sys.stderr)
+    incomplete = f", incomplete: {len(gathered.missing)} could not be had" if gathered.missing else ""
+    print(f"{options.out}: {len(gathered.parts) + 1} parts, {size} bytes{incomplete}")
     print("Salts, passwords and tokens are hidden; names of models, instances and hosts are not.")
-    return 0
+    return int(bool(gathered.missing))
 
 
 def _settings(options: Namespace) -> Callable[[], Settings | None]:
@@ -98,6 +101,7 @@ class _Bundle:
         self._url = url
         self._way = way
         self._redaction = redaction
+        self._silence = ""
 
     def gather(self, load: Callable[[], Settings | None]) -> _Gathered:
         """All parts; names of tenants and secrets are learnt first, and hold for every part."""
@@ -170,7 +174,8 @@ class _Bundle:
         """Whether anything answers there, be it that it refuses."""
         try:
             exchange(self._url, "/ready", way=self._way)
-        except UnreachableError:
+        except UnreachableError as error:
+            self._silence = error.message
             return False
         return True
 
@@ -178,7 +183,7 @@ class _Bundle:
         return call(self._url, path, max_bytes=MAX_PART_BYTES, way=self._way)
 
     def _silent(self) -> None:
-        raise CommandError("the service can't be reached")
+        raise CommandError(self._silence)
 
     def _ready(self) -> dict[str, Any]:
         answer = exchange(self._url, "/ready", max_bytes=MAX_PART_BYTES, way=self._way)
