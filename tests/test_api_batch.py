@@ -105,7 +105,7 @@ def test_a_bad_prompt_has_its_own_error_and_spoils_no_other(wrong: Any, code: st
 
 def test_errors_of_prompts_never_echo_them(api: Api) -> None:
     unwanted = "a-word-of-the-body"
-    answer = batch(api, {"tokens": [unwanted]}, {unwanted: 1}, {"tokens": [1], "lora": [unwanted]}, unwanted)
+    answer = batch(api, {"tokens": [unwanted]}, {"other": unwanted}, {"tokens": [1], "lora": [unwanted]}, unwanted)
     assert all("error" in result for result in answer["results"])
     assert unwanted not in str(answer)
 

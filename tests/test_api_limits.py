@@ -211,10 +211,12 @@ def test_trap_26_of_duplicate_keys_the_last_one_counts(api: Api) -> None:
 
 
 def test_errors_never_echo_the_body(api: Api) -> None:
+    """But for the name of a field that nobody knows."""
     unwanted = "a-word-of-the-body"
     for path, body in (
         ("/v1/match", {"model": "m", "tokens": [unwanted]}),
-        ("/v1/match", {"model": "m", "tokens": [1], unwanted: 1}),
+        ("/v1/match", {"model": "m", "tokens": [1], "other": unwanted}),
+        ("/v1/match", {"model": "m", "tokens": [1], "weights": {"other": [{unwanted: unwanted}]}}),
         ("/v1/match", {"model": "m", "tokens": [1], "require": [unwanted]}),
         ("/v1/match", {"model": "m", "tokens": [1], "cache_salt": [unwanted]}),
         ("/query", {"model": "m", "token_ids": unwanted}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -401,3 +402,46 @@ def test_routes_of_the_rfc_know_json_only(api: Api) -> None:
     assert error(send(api, "/query", {"model": "m", "token_ids": [1]}))[:2] == (400, "malformed_json")
     response = api.client.post("/query", json={"model": "m", "token_ids": [1]}, headers={"accept": MSGPACK})
     assert response.headers["content-type"] == "application/json"
+
+
+# An unknown field is named
+
+
+@pytest.mark.parametrize("form", ["json", "msgpack"])
+@pytest.mark.parametrize(
+    ("fields", "shown", "hint"),
+    [
+        ({"candidate": []}, "$.candidate", "did you mean candidates? known fields: model, "),
+        ({"weights": {"gpus": 1}}, "$.weights.gpus", "did you mean gpu? known fields: gpu, cpu, disk, remote"),
+        (
+            {"multimodal": [{"ofset": 0}]},
+            "$.multimodal[0].ofset",
+            "did you mean offset? known fields: hash, offset, ",
+        ),
+        ({"a\n`\u202e": 1}, "$.a\\n`\\u202e", "known fields: model, "),
+        ({"z" * 1_000_000: 1}, f"$.{'z' * 64}...", "known fields: model, "),
+        ({"` - at `$.weights.gpu[": 1}, "$.weights.gpu[.", "known fields: gpu, "),  # who imitates a place is believed
+    ],
+)
+def test_an_unknown_field_is_named_where_it_stands(
+    api: Api, form: str, fields: dict[str, Any], shown: str, hint: str
+) -> None:
+    """Cut and escaped, with the fields that there are in its place; its value is in no answer."""
+    secret = {name: "marked" if value == 1 else value for name, value in fields.items()}
+    body = {"model": "m", "tokens": [1], **secret}
+    kind = MSGPACK if form == "msgpack" else "application/json"
+    content = msgpack.packb(body) if form == "msgpack" else json.dumps(body).encode()
+    response = api.client.post("/v1/match", content=content, headers={"content-type": kind})
+    assert response.status_code == 422
+    said = response.json()["error"]
+    assert said["code"] == "unknown_field"
+    assert said["message"] == f"the body has a field that this route does not know: {shown}"
+    assert said["hint"].startswith(hint)
+    assert "marked" not in response.text
+
+
+def test_an_unknown_field_of_a_prompt_of_a_batch_is_named(api: Api) -> None:
+    api.add("pod-a")
+    results = api.post("/v1/match/batch", {"model": "m", "prompts": [{"tokens": [1]}, {"token": [1]}]})["results"]
+    assert results[1]["error"]["message"].endswith(": $.token")
+    assert results[1]["error"]["hint"].startswith("did you mean tokens? ")

@@ -1,5 +1,6 @@
 """Bodies into typed structs; what can't be read becomes a RequestError that says where, not what.
 
+Of the caller's own words an error repeats one at most: the name of a field that nobody knows, cut and escaped.
 Malformed JSON or msgpack is 400, that of another shape 422.  Of an object's equal keys the last one counts.
 """
 
@@ -7,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
+from functools import cache
 from typing import Final, TypeVar
 
 import msgspec
+from msgspec.inspect import ListType, StructType, UnionType, type_info
 
 from kvindexer.api.forms import JSON, Form
 from kvindexer.errors import RequestError, TooLargeError
@@ -17,6 +21,8 @@ from kvindexer.errors import RequestError, TooLargeError
 T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_MESSAGE: Final = 200
+MAX_SHOWN_NAME: Final = 64
+"""Longest piece of an unknown field's name that an error repeats, in characters."""
 FURTHER_VALUES: Final = 100_000
 """Values that may stand elsewhere than in a list with a limit: fields, items, and (of JSON) commas in names."""
 
@@ -29,7 +35,10 @@ _LIST: Final = 0x90
 
 _PLACE = re.compile(r" - at `(\$[\w.\[\]]*)`$")
 _QUOTED = re.compile(r"`[^`]*`|'[^']*'")
-_UNKNOWN_FIELD: Final = "Object contains unknown field"
+_UNKNOWN_FIELD: Final = "Object contains unknown field `"
+_LONGEST_PLACE: Final = 1000
+"""Of characters: our structs are not that deep, and a name may have millions."""
+_STEP = re.compile(r"\.(\w+)|\[")
 
 
 def reader(kind: type[T], form: Form = JSON) -> Callable[[bytes], T]:
@@ -43,7 +52,10 @@ def reader(kind: type[T], form: Form = JSON) -> Callable[[bytes], T]:
         try:
             return decode(body)
         except msgspec.ValidationError as error:
-            raise _misshapen(str(error), fields) from None
+            detail = str(error)
+            raise (
+                _unknown(detail, kind) if detail.startswith(_UNKNOWN_FIELD) else _misshapen(detail, fields)
+            ) from None
         except RecursionError:
             raise RequestError(malformed, "the body is nested too deeply", "send one flat object") from None
         except ValueError as error:  # DecodeError, UnicodeDecodeError
@@ -113,9 +125,6 @@ def unsigned(values: list[int], name: str) -> list[int]:
 
 def _misshapen(detail: str, fields: str) -> RequestError:
     """The decoder's sentence, without the caller's own words in it."""
-    if detail.startswith(_UNKNOWN_FIELD):
-        message = "the body has a field that this route does not know"
-        return RequestError("unknown_field", message, f"known fields: {fields}", status=422)
     place = _PLACE.search(detail)
     shown = detail[: place.start()] if place else detail.partition(" - at ")[0]
     if shown.startswith("Invalid"):
@@ -123,3 +132,41 @@ def _misshapen(detail: str, fields: str) -> RequestError:
     if place:
         shown = f"{place.group(1)}: {shown}"
     return RequestError("invalid_request", shown[:MAX_MESSAGE], f"fields: {fields}", status=422)
+
+
+def _unknown(detail: str, kind: type[msgspec.Struct]) -> RequestError:
+    """The field that nobody knows, where it stands, and which there are in its place."""
+    found = _PLACE.search(detail, max(len(_UNKNOWN_FIELD), len(detail) - _LONGEST_PLACE))
+    place, end = (found.group(1), found.start()) if found else ("$", len(detail))
+    name = detail[len(_UNKNOWN_FIELD) : min(end - 1, len(_UNKNOWN_FIELD) + MAX_SHOWN_NAME)]
+    cut = "..." if len(_UNKNOWN_FIELD) + len(name) < end - 1 else ""
+    shown = name if name.isprintable() else ascii(name)[1:-1]
+    known = _known_at(kind, place)
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    message = f"the body has a field that this route does not know: {place}.{shown}{cut}"
+    return RequestError("unknown_field", message, f"{hint}known fields: {', '.join(known)}", status=422)
+
+
+@cache
+def _fields_of(kind: type[msgspec.Struct]) -> StructType:
+    found = type_info(kind)
+    if not isinstance(found, StructType):
+        raise TypeError(kind)
+    return found
+
+
+def _known_at(kind: type[msgspec.Struct], place: str) -> list[str]:
+    """The fields of the struct that stands at this place of a body of this kind."""
+    found = _fields_of(kind)
+    for step in _STEP.finditer(place):
+        inside = [field.type for field in found.fields if field.encode_name == step.group(1)]
+        while inside and not isinstance(inside[0], StructType):
+            match inside.pop(0):
+                case UnionType(types=types):
+                    inside.extend(types)
+                case ListType(item_type=item):
+                    inside.append(item)
+        if inside and isinstance(inside[0], StructType):
+            found = inside[0]
+    return [field.encode_name for field in found.fields]
