@@ -16,7 +16,7 @@ from kvindexer.store.connect import open_client
 from kvindexer.store.keeper import RedisKeeper
 from kvindexer.store.layout import Found, Meta, Names, shard_tag
 from kvindexer.store.server import ShardServer
-from kvindexer.testing import FakeEngine
+from kvindexer.testing import BlockStored, FakeEngine
 from kvindexer.types import SourceSpec
 from live import QUICK, Uncounted, held, truth
 
@@ -82,6 +82,18 @@ def memory(one: Replica, source: str) -> dict[int, bytes]:
     """What the replica would write of a source."""
     hashes = one.fleet.index.hashes(source)
     return dict(zip(hashes, one.fleet.index.records(source, hashes), strict=True))
+
+
+def stored(first: int, count: int) -> BlockStored:
+    """Blocks that the engine's own pool knows nothing of, behind each other from the start of a prompt."""
+    return BlockStored(
+        block_hashes=tuple(number.to_bytes(8, "big") * 4 for number in range(first, first + count)),
+        parent_block_hash=None,
+        token_ids=tuple(number % 50_000 for number in range(4 * first, 4 * (first + count))),
+        block_size=4,
+        base_block_idx=0,
+        extra_keys=(None,) * count,
+    )
 
 
 async def eventually(what: str, predicate: Callable[[], Awaitable[bool]], patience_s: float = 30.0) -> None:

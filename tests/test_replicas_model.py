@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Iterator, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, event
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -23,11 +23,13 @@ from kvindexer.events.states import Action, Apply, Ask, Withdraw
 from kvindexer.events.stream import Stream, StreamSettings
 from kvindexer.index.engine import PyIndex
 from kvindexer.settings import Settings
+from kvindexer.store import layout
 from kvindexer.store.connect import open_client
+from kvindexer.store.growing import grow
 from kvindexer.store.kept import KeptSource
-from kvindexer.store.layout import Found, Names, shard_tag
+from kvindexer.store.layout import Found, Meta, Names, shard_tag
 from kvindexer.store.server import Refusal, ShardServer
-from kvindexer.store.shard import Flush, Load, Rewrite, Shard
+from kvindexer.store.shard import Flush, Grow, Load, Rewrite, Shard
 from kvindexer.store.turns import turn
 from kvindexer.store.writing import Writing
 from kvindexer.testing import BlockPool, Vllm
@@ -50,7 +52,9 @@ _servers: list[Server] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def _server() -> Iterator[None]:
-    with Server() as server:
+    """A server, and buckets so small that shards of a few blocks outgrow theirs."""
+    with Server() as server, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(layout, "BUCKET_ENTRIES", 2)
         _servers.append(server)
         yield
         _servers.clear()
@@ -108,6 +112,17 @@ class Interrupted(Writing):
     async def slice(self) -> None:
         """One more message has arrived."""
         self._side.hear(most=1)
+
+
+class InterruptedServer(ShardServer):
+    """While a shard grows, what is on its way to the replica that does it arrives."""
+
+    side: Replica
+
+    async def grow(self, tag: str, registration: int, meta: Meta, wider: Meta, numbers: range) -> int | Refusal:
+        """Copy, after one more message has arrived."""
+        self.side.hear(most=1)
+        return await super().grow(tag, registration, meta, wider, numbers)
 
 
 class Replica:
@@ -207,6 +222,11 @@ class Replica:
                 self.wrote(self.writing.flush(self.kept, step))
             case Rewrite():
                 self.wrote(self.writing.rewrite(self.kept, step))
+            case Grow():
+                server = self.machine.server
+                server.side = self
+                self.machine.grown += 1
+                self.wrote(grow(server, self.kept, step, lambda: self.machine.now, piece_buckets=1))
             case Load():
                 self.follow()
 
@@ -227,9 +247,10 @@ class ReplicaMachine(RuleBasedStateMachine):
         self.admin.flushall()
         values: dict[str, Any] = {"store": _servers[0].url, "store_timeout_s": 10}
         settings = Settings(**values)
-        self.server = ShardServer(open_client(settings), Names("kvindexer"), 10)
+        self.server = InterruptedServer(open_client(settings), Names("kvindexer"), 10)
         self.engine = Engine()
         self.saved: dict[bytes, bytes] = {}
+        self.grown = 0
         self.replicas: dict[str, Replica] = {}
 
     def run(self, work: Any) -> Any:
@@ -412,6 +433,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         for _ in range(80):
             self._round()
         writes = [one.writes for one in self.replicas.values()]
+        event(f"shards grown: {min(self.grown, 3)}")
         for _ in range(20):
             self._round()
         assert writes == [one.writes for one in self.replicas.values()], "no ping-pong"

@@ -19,12 +19,12 @@ from kvindexer.store.connect import open_client
 from kvindexer.store.failures import asking
 from kvindexer.store.layout import Meta, Names, shard_tag
 from kvindexer.store.server import ShardServer
-from kvindexer.testing import BlockStored, FakeEngine, FaultProxy, LinkFaults
+from kvindexer.testing import FakeEngine, FaultProxy, LinkFaults
 from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
 from kvindexer.types import Keyspace, SourceSpec
 from live import spec_of, until
 from proxied import SMALL, traffic
-from replicas import Replica, contents, eventually, kept, memory, replica
+from replicas import Replica, contents, eventually, kept, memory, replica, stored
 from servers import HOST, Cluster, Replicated, Server
 
 WHOLE = LinkFaults()
@@ -575,18 +575,6 @@ def test_trap_25_a_large_source_is_removed_in_small_steps(redis_server: Server) 
             assert await gone()
 
     with_small_engine(scenario)
-
-
-def stored(first: int, count: int) -> BlockStored:
-    """Blocks that the engine's own pool knows nothing of, behind each other from the start of a prompt."""
-    return BlockStored(
-        block_hashes=tuple(number.to_bytes(8, "big") * 4 for number in range(first, first + count)),
-        parent_block_hash=None,
-        token_ids=tuple(number % 50_000 for number in range(4 * first, 4 * (first + count))),
-        block_size=4,
-        base_block_idx=0,
-        extra_keys=(None,) * count,
-    )
 
 
 @pytest.mark.parametrize("kind", ["single", "cluster"])

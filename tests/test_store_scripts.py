@@ -302,6 +302,118 @@ def test_a_replaced_generation_is_left_over_until_it_is_swept(redis_server: Serv
     with_shard(redis_server, scenario)
 
 
+WIDER = "ffffffff"
+
+
+async def grown(shard: Shard, *pieces: range, registration: int = 3, of: Meta | None = None) -> int | Refusal:
+    """Copy the 4 buckets into 16, in pieces; the answer to the last call, or to the first that is refused."""
+    meta = of or await shard.meta()
+    answer: int | Refusal = 0
+    for piece in pieces:
+        answer = await shard.server.grow(TAG, registration, meta, meta._replace(generation=WIDER, buckets=16), piece)
+        if isinstance(answer, Refusal):
+            break
+    return answer
+
+
+def test_a_shard_gets_more_buckets_without_its_records_being_sent(redis_server: Server) -> None:
+    """Until the last piece nothing has changed; then each record lies where its hash says, in the new generation."""
+
+    async def scenario(shard: Shard) -> None:
+        await shard.create(at(1, 7))
+        before = await shard.meta()
+        assert await grown(shard, range(3)) == 150
+        assert await shard.meta() == before
+        assert await grown(shard, range(3, 4), of=before) == len(HASHES)
+        assert await shard.meta() == before._replace(generation=WIDER, buckets=16)
+        assert await shard.records() == dict(zip(HASHES, RECORDS, strict=True))
+        found = await shard.server.records(TAG, await shard.meta(), HASHES)
+        assert found == RECORDS
+        (leftover,) = (await shard.found()).leftovers
+        assert leftover == Leftover(before.generation, 4, 0)
+        await shard.server.sweep(TAG, leftover)
+        assert redis_server.ask("DBSIZE") == 1 + 16
+        assert (
+            await shard.flush(7, at(1, 8), {1000: b"", 5000: b"x"}, generation=before.generation)
+            is Refusal.GENERATION
+        )
+
+    with_shard(redis_server, scenario)
+
+
+def test_a_large_bucket_can_be_moved(redis_server: Server) -> None:
+    """Hashes need not be spread well: Lua passes only so many values to a call."""
+
+    async def scenario(shard: Shard) -> None:
+        hashes = [number << 24 for number in range(20_000)]
+        packed = pack_records(hashes, [b"x"] * len(hashes), 4)
+        await shard.server.stage(TAG, AUTHOR, "00000001", 4, packed, begin=True)
+        await shard.switch(at(1, 7), None, "00000001")
+        assert await grown(shard, range(4)) == len(hashes)
+        assert len(await shard.records()) == len(hashes)
+
+    with_shard(redis_server, scenario)
+
+
+def test_another_program_s_fields_are_not_moved(redis_server: Server) -> None:
+    """Nor are they counted: our records are all there."""
+
+    async def scenario(shard: Shard) -> None:
+        await shard.create(at(1, 7))
+        redis_server.ask("HSET", Names("kvindexer").bucket(TAG, "00000001", 0), "theirs", "x")
+        assert await grown(shard, range(4)) == len(HASHES)
+        assert await shard.records() == dict(zip(HASHES, RECORDS, strict=True))
+
+    with_shard(redis_server, scenario)
+
+
+META, BUCKET = Names("kvindexer").meta(TAG), Names("kvindexer").bucket(TAG, "00000001", 3)
+
+
+def told(*words: str | bytes) -> Callable[[Shard, Server], Awaitable[object]]:
+    """What a Redis command does that comes between."""
+
+    async def happens(_: Shard, server: Server) -> None:
+        server.ask(*words)
+
+    return happens
+
+
+@pytest.mark.parametrize(
+    ("between", "refusal"),
+    [
+        pytest.param(lambda shard, _: shard.flush(7, at(1, 8), {1000: b"new"}), Refusal.AHEAD, id="flush"),
+        pytest.param(told("HSET", META, "next", "6"), Refusal.BEHIND, id="older state"),
+        pytest.param(lambda shard, _: shard.create(at(2, 7), 1), Refusal.EPOCH, id="next life"),
+        pytest.param(
+            lambda shard, _: shard.create(at(1, 7), 1, generation="aaaaaaaa"), Refusal.GENERATION, id="written anew"
+        ),
+        pytest.param(told("FLUSHALL"), Refusal.ABSENT, id="flushed away"),
+        pytest.param(lambda shard, _: shard.server.remove(TAG, 3), Refusal.REMOVED, id="unregistered"),
+        pytest.param(lambda shard, _: shard.server.sweep(TAG, Leftover(WIDER, 16, 1)), Refusal.LOST, id="swept"),
+        pytest.param(told("DEL", BUCKET), Refusal.LOST, id="evicted bucket"),
+        pytest.param(told("HDEL", BUCKET, HASHES[3].to_bytes(8, "little")), Refusal.LOST, id="evicted record"),
+        pytest.param(told("SET", BUCKET, "mine"), Refusal.LOST, id="another program's key"),
+        pytest.param(lambda shard, _: shard.server.hold(TAG), Refusal.HELD, id="reader of everything"),
+    ],
+)
+def test_growth_is_refused_when_the_content_is_not_what_was_decided_on(
+    redis_server: Server, between: Callable[[Shard, Server], Awaitable[object]], refusal: Refusal
+) -> None:
+    """Whatever happens between two pieces, the content stays what it was, and what was copied is left over."""
+
+    async def scenario(shard: Shard) -> None:
+        await shard.create(at(1, 7))
+        before = await shard.meta()
+        assert await grown(shard, range(2)) == 100
+        await between(shard, redis_server)
+        found = await shard.found()
+        assert await grown(shard, range(2, 4), of=before) is refusal
+        assert (await shard.found()).meta == found.meta
+
+    with_shard(redis_server, scenario)
+
+
 def test_an_unregistered_source_is_refused_until_it_is_registered_again(redis_server: Server) -> None:
     """Late writers of the old registration add nothing; a newer registration starts afresh."""
 

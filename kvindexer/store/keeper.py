@@ -31,10 +31,11 @@ from kvindexer.settings import Settings
 from kvindexer.store.check import Checker
 from kvindexer.store.directory import Directory, Kind, Line, read_lines
 from kvindexer.store.figures import shards, stored
+from kvindexer.store.growing import grow
 from kvindexer.store.kept import KeptSource
 from kvindexer.store.layout import Found, UnreadableError, pack_spec, shard_tag, unpack_spec
 from kvindexer.store.server import Refusal, ShardServer
-from kvindexer.store.shard import IN_STEP, Flush, Load, Rewrite, Shard, Step, Wait
+from kvindexer.store.shard import IN_STEP, Flush, Grow, Load, Rewrite, Shard, Step, Wait
 from kvindexer.store.turns import turn
 from kvindexer.store.writing import Writing
 from kvindexer.types import Epoch, SourceSpec
@@ -478,20 +479,14 @@ class RedisKeeper:
             self._wake.set()
 
     async def _do(self, kept: KeptSource, step: Step) -> None:
-        if kept.dropped or not self._reachable:
+        if kept.dropped or not self._reachable or isinstance(step, Wait):
+            return
+        if isinstance(step, Load):
+            _log.info("source %s: its shard is loaded (%s)", kept.source, step.why)
+            self._fleet.follow_anew(kept.source)
             return
         try:
-            match step:
-                case Flush():
-                    refusal = await self._writing.flush(kept, step)
-                case Rewrite():
-                    refusal = await self._writing.rewrite(kept, step)
-                case Load(why):
-                    _log.info("source %s: its shard is loaded (%s)", kept.source, why)
-                    self._fleet.follow_anew(kept.source)
-                    return
-                case Wait():
-                    return
+            refusal = await self._written(kept, step)
         except StoreError as error:
             self._trouble(kept.source, error)
             return
@@ -506,6 +501,15 @@ class RedisKeeper:
         self.refusals += 1
         if refusal is not Refusal.HELD:
             kept.shard.remote = None  # what was decided on is not there any more: the next beat reads it
+
+    async def _written(self, kept: KeptSource, step: Flush | Rewrite | Grow) -> Refusal | None:
+        match step:
+            case Flush():
+                return await self._writing.flush(kept, step)
+            case Rewrite():
+                return await self._writing.rewrite(kept, step)
+            case Grow():
+                return await grow(self._server, kept, step)
 
     # The check
 

@@ -26,6 +26,7 @@ def _script(*names: str) -> Script:
 FLUSH: Final = _script("common", "flush")
 STAGE: Final = _script("common", "stage")
 SWITCH: Final = _script("common", "switch")
+GROW: Final = _script("common", "grow")
 SWEEP: Final = _script("common", "sweep")
 REMOVE: Final = _script("common", "remove")
 REGISTER: Final = _script("register")

@@ -189,6 +189,14 @@ class ShardServer:
             "1" if accept_less else "0", packed,
         )  # fmt: skip
 
+    async def grow(self, tag: str, registration: int, meta: Meta, wider: Meta, numbers: range) -> int | Refusal:
+        """Copy these buckets of a shard into those of `wider`, which with the last ones becomes the content."""
+        epoch, upto, *_ = meta.checkpoint
+        return await self._write(
+            scripts.GROW, tag, registration, epoch, upto, meta.generation, wider.generation, wider.buckets,
+            numbers.start, numbers.stop,
+        )  # fmt: skip
+
     async def sweep(self, tag: str, leftover: Leftover) -> None:
         """Give back the buckets of a generation that is no content, in pieces that block nobody."""
         for start in range(0, leftover.buckets, _SWEEP_BUCKETS):

@@ -7,6 +7,7 @@ nothing wrong they compare: whose life of the engine is it, who has seen more of
     nothing                                           Rewrite
     our epoch, not ahead of us, as good as ours       Flush what has changed since; Rewrite if that is not known
     our epoch, ahead of us                            Wait: we lag
+    our epoch, with too many entries for its buckets  Grow
     our epoch, less covered than ours                 Rewrite
     our epoch, better covered than ours               Load it; if nobody writes it any more: Rewrite it as it is here
     the epoch that we have seen end                   Rewrite as the next epoch
@@ -30,7 +31,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
-from kvindexer.store.layout import Checkpoint, Coverage, Found, Meta, overfull
+from kvindexer.store.layout import Checkpoint, Coverage, Found, Meta, more_buckets, overfull
 
 MAX_FLUSH_RECORDS: Final = 16_384
 """Records that one script may write: some 50 ms of a server; what is more is staged piece by piece."""
@@ -91,13 +92,21 @@ class Rewrite(NamedTuple):
     why: str
 
 
+class Grow(NamedTuple):
+    """Move what Redis holds, as it is, into more buckets."""
+
+    meta: Meta
+    """What Redis holds."""
+    buckets: int
+
+
 class Load(NamedTuple):
     """Take over what Redis has, and go on from its checkpoint."""
 
     why: str
 
 
-Step = Wait | Flush | Rewrite | Load
+Step = Wait | Flush | Rewrite | Grow | Load
 
 IN_STEP: Final = Wait("in step")
 """Redis holds all that we hold."""
@@ -321,12 +330,13 @@ class Shard:
         for condition, why in (
             (mine.better_than(theirs.coverage), "less is known in Redis than here"),
             (self.divergent, "Redis differs from memory"),
-            (overfull(meta.entries, meta.buckets), "more buckets are needed"),
             (theirs.next < self.base, "Redis is too far behind"),
             (due and self.pending_records > MAX_FLUSH_RECORDS, "much has changed"),
         ):
             if condition:
                 return self._rewrite(theirs.epoch, theirs.epoch, why, now)
+        if overfull(meta.entries, meta.buckets):
+            return self._in_turn(Grow(meta, more_buckets(meta.entries, meta.buckets)), "more buckets are needed", now)
         if self._local.next_seq == theirs.next and not self._amended:
             self._trouble_at = None
             return IN_STEP
@@ -343,10 +353,14 @@ class Shard:
         return Wait("more is known in Redis than here")
 
     def _rewrite(self, expected: int | None, epoch: int, why: str, now: float, *, accept_less: bool = False) -> Step:
+        return self._in_turn(Rewrite(expected, epoch, accept_less, why), why, now)
+
+    def _in_turn(self, step: Step, why: str, now: float) -> Step:
+        """What anybody could do, once: whose turn is later waits longer."""
         self._trouble_at = self._trouble_at if self._trouble_at is not None else now
         if now - self._trouble_at < self.turn * self._takeover_s:
             return Wait(f"another replica's turn: {why}")
-        return Rewrite(expected, epoch, accept_less, why)
+        return step
 
     def _due(self, now: float) -> bool:
         waited_s = 0.0 if self.dirty_at is None else now - self.dirty_at
