@@ -1,7 +1,11 @@
-"""README.md: the curl lines work in the order of the page, and answer what the page says where it says so."""
+"""README.md: the curl lines work in the order of the page, and answer what the page says where it says so.
+
+And of every page: what is shown to be sent can be pasted.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -16,11 +20,14 @@ from api_server import Api, serving
 from kvindexer.settings import Settings
 from tokenizing import make_tokenizer
 
-PAGE = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-PROMPT = list(range(1, 65))
-"""What "[1, 2, 3, ...]" stands for."""
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted({ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "deploy").rglob("*.md")})
+PROMPT = list(range(1, 35))
+"""The longest of the page."""
 COMMANDS = re.findall(r"^curl .*?'(?=\n)", PAGE, re.MULTILINE | re.DOTALL)
 ROUTES = ("/register", "/v1/match", "/v1/routed", "/v1/feedback", "/v1/heat/prewarm", "/query", "/v1/explain")
+ELLIPSIS = re.compile(r"\.\.\.|…")
 
 
 @pytest.fixture
@@ -31,7 +38,7 @@ def api(tmp_path: Path) -> Iterator[Api]:
 
 def asked(command: str) -> tuple[str, str | None]:
     """Path and body of a curl line."""
-    program, flag, address, *rest = shlex.split(command.replace("[1, 2, 3, ...]", json.dumps(PROMPT)))
+    program, flag, address, *rest = shlex.split(command)
     assert (program, flag) == ("curl", "-s")
     url = urlsplit(f"http://{address}")
     assert url.port == Settings().port
@@ -50,15 +57,64 @@ def test_the_lines_of_the_page_work_in_its_order(api: Api) -> None:
     for command in COMMANDS:
         path, body = asked(command)
         if path == "/v1/match" and not answers.get(path):
-            api.store("tcp://10.0.0.11:5557", PROMPT[:32], block_size=16)
-            api.store("tcp://10.0.0.11:5557", PROMPT[:48], block_size=16, medium="CPU")
+            api.store("tcp://10.0.0.11:5557", PROMPT[:16], block_size=16)
+            api.store("tcp://10.0.0.11:5557", PROMPT[:32], block_size=16, medium="CPU")
         response = api.client.get(path) if body is None else api.client.post(path, content=body)
         assert response.status_code in (200, 201), f"{command}: {response.text}"
         answers.setdefault(path.partition("?")[0], response.json())
+        if path == "/query":
+            dynamo = response.json()
     assert set(answers) == set(ROUTES)
     answers["/v1/match"]["matches"][0]["verified_ms"] = 812.0
-    assert answers["/v1/match"] == shown('{"model": "m", "blocks": 4')
+    assert answers["/v1/match"] == shown('{"model": "m", "blocks": 2')
     assert answers["/query"] == shown('{"default": {"pod-a"')
+    assert dynamo == shown('{"scores": {"pod-a"')
     assert answers["/v1/routed"]["instance"] == "pod-a"
     assert answers["/v1/feedback"]["outcome"] == "exact"
     assert answers["/v1/heat/prewarm"]["instance"] == "new-pod"
+
+
+def test_the_python_of_the_page_works(api: Api) -> None:
+    (text,) = fenced(PAGE, "python")
+    api.add("pod-a", model="m", block_size=16)
+    with pytest.raises(SystemExit):
+        exec(text.replace("localhost:8090", f"127.0.0.1:{api.address[1]}") + "raise SystemExit(answer)", {})  # noqa: S102 - that is what the page is for
+
+
+def fenced(page: str, *languages: str) -> list[str]:
+    """The blocks of these languages, in order; `` is a block that names none."""
+    found = re.findall(r"^( *)```(\w*).*\n((?:.*\n)*?)\1```$", page, re.MULTILINE)
+    return [text for _, language, text in found if language in languages]
+
+
+def unusable(page: str) -> list[str]:
+    """What the page shows to be sent, or run, and nobody can paste: bodies that are no JSON, and words left out."""
+    shells = "".join(fenced(page, "", "sh", "bash", "console"))
+    commands = re.findall(r"\b(?:curl|kvindexer|echo) (?:'[^']*'|\\\n|[^\n'])*", shells)
+    found = [command for command in commands if ELLIPSIS.search(command)]
+    for body in re.findall(r"curl .*?(?:-d|--data|--data-binary) '([^']*)'", "\n".join(commands), re.DOTALL):
+        try:
+            json.loads(body)
+        except ValueError:
+            found.append(body)
+    for text in fenced(page, "python"):
+        found += [text for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant) and node.value is ...]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_shows_can_be_pasted(page: Path) -> None:
+    assert not unusable(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "```\ncurl -s h/v1/match -d '{\"tokens\": [1, 2, ...]}'\n```",
+        "```sh run\ncurl -s h/v1/match \\\n  -d '{\"tokens\": [1,]}'\n```",
+        "```\nkvindexer serve --source instance=a,...\n```",
+        "```python\nTokens([1, 2, ...])\n```",
+    ],
+)
+def test_a_line_that_cannot_be_pasted_is_found(line: str) -> None:
+    assert unusable(f"words\n\n{line}\n")
