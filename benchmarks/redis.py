@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from servers import HOST, Server
 
 POLL_S: Final = 0.02
 PATIENCE_S: Final = 60.0
+LAST: Final = 19
+"""The niceness of whoever gets what others leave."""
 
 
 class Redis:
@@ -66,6 +69,10 @@ class Redis:
             time.sleep(POLL_S)
             shards = shards if len(shards) == sources else self.shards()
         return time.monotonic()
+
+    def give_way(self) -> None:
+        """Let everybody else go first where there are not enough cores."""
+        os.setpriority(os.PRIO_PROCESS, int(self._client.info("server")["process_id"]), LAST)
 
     def flush(self) -> None:
         """Forget everything."""

@@ -6,11 +6,13 @@ line, in seconds for each direction.  It answers each by a line, when it holds.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
+from benchmarks.redis import LAST
 from kvindexer.testing.proxy import FaultProxy, LinkFaults
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class SlowLink:
 
 
 def main() -> None:
-    """Be the link."""
+    """Be the link, one that takes no core away from the service."""
+    os.nice(LAST)
     with FaultProxy("127.0.0.1", int(sys.argv[1])) as proxy:
         print(proxy.port, flush=True)
         for line in sys.stdin:

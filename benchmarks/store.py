@@ -1,7 +1,9 @@
 """What Redis costs: the same service with `--store memory` and with a copy in Redis, in the same run.
 
 Writing: fresh services are filled at 86,000 blocks/s and all at once: CPU of both sides, and how far Redis lags.
-Latency: queries during ingest at two paces, with Redis up, stopped, slow, down, and back without its data.
+Latency: queries during ingest at two paces, with Redis up, stopped, slow, down, and back without its data; and once
+more without Redis, which says how much is chance.  Redis and the slow link give way to everybody else meanwhile: what
+is asked is whether the service lets queries wait, and where Redis has cores of its own it takes none from them.
 Warm start: a service dies, its engines live on; another one starts from what Redis has.
 """
 
@@ -36,16 +38,17 @@ Conditions: TypeAlias = "Mapping[str, Callable[[], AbstractContextManager[None]]
 
 MEMORY: Final = "memory"
 REDIS: Final = "Redis"
+AGAIN: Final = "memory again"
 UP: Final = "up"
 STOPPED: Final = "stopped"
 SLOW: Final = "slow"
 DOWN: Final = "down"
 REFILLED: Final = "back, empty"
-CONDITIONS: Final = (UP, STOPPED, SLOW, DOWN, REFILLED)
+CONDITIONS: Final = (AGAIN, UP, STOPPED, SLOW, DOWN, REFILLED)
 PACES: Final = (20_000, int(measure.RATE))
 """Blocks a second while queries are asked: a fleet at work, and all that one core takes beside them."""
-FEWEST: Final = 100
-"""Queries at a time, at least."""
+AT_A_TIME: Final = 100
+"""Queries of a kind."""
 LATENCY_S: Final = 0.1
 SETTLE_S: Final = 1.5
 """Sources are in sync, and replicas have heard of each other."""
@@ -57,8 +60,8 @@ class StoreEffort:
     """How long to measure."""
 
     writing_rounds: int = 2
-    latency_rounds: int = 3
-    busy_s: float = 2.4
+    latency_rounds: int = 5
+    busy_s: float = 4.0
     starts: int = 2
     growth: int = 3
     """The larger index has so many times the workload's entries."""
@@ -208,6 +211,7 @@ class Bench:
 
     def latency(self, plain: Running, kept: Running) -> None:
         """Ask both services while blocks arrive, at each pace, under each of the conditions."""
+        self._redis.give_way()
         rounds = [(pace, turn) for turn in range(self._effort.latency_rounds) for pace in PACES]
         # the same blocks every time: Redis also keeps what is known of blocks that were removed
         self._further = {
@@ -228,6 +232,8 @@ class Bench:
         stores, removals = self._further[pace]
         times: dict[str, Times] = {}
         plan = [(plain, MEMORY, _nothing), *((kept, name, during) for name, during in conditions.items())]
+        if UP in conditions:
+            plan.insert(len(plan) // 2, (plain, AGAIN, _nothing))
         for one, name, during in measure.turns(plan, turn):
             spools = self._arena.spool(stores), self._arena.spool(removals)
             for spool in spools:
@@ -261,15 +267,14 @@ class Bench:
         self._redis.server.stop()
         yield
         self._redis.server.start()
+        self._redis.give_way()
 
     def _ask_both(self, one: Running, spool: Spool, pace: int) -> Times:
-        """By hash during the first half of a paced spool, by tokens during the second."""
-        seconds = spool.blocks / pace
-        start = one.fleet.begin(spool.path, pace)
-        times = {
-            BY_HASH: self._ask(one, BY_HASH, until=start + seconds / 2),
-            BY_TOKENS: self._ask(one, BY_TOKENS, until=start + seconds),
-        }
+        """By hash and by tokens in turn, for as long as a paced spool lasts."""
+        end = one.fleet.begin(spool.path, pace) + spool.blocks / pace
+        times: Times = {BY_HASH: [], BY_TOKENS: []}
+        while time.monotonic() < end:
+            self._ask(one, times)
         one.fleet.finish()
         one.reach(spool.mark)
         return times
@@ -280,13 +285,13 @@ class Bench:
         sent = one.fleet.count()["sent"]
         times: Times = {BY_HASH: [], BY_TOKENS: []}
         while self._redis.total(self._redis.shards(), "next") != sent:
-            for route in (BY_HASH, BY_TOKENS):
-                times[route] += self._ask(one, route)
+            self._ask(one, times)
         self.samples.add("refill", REDIS, time.monotonic() - start)
         return times
 
-    def _ask(self, one: Running, route: str, until: float = 0.0) -> list[float]:
-        return measure.ask(self._arena, one, self._arena.shared[route], FEWEST, until=until)
+    def _ask(self, one: Running, times: Times) -> None:
+        for route in times:
+            times[route] += measure.ask(self._arena, one, self._arena.shared[route], AT_A_TIME)
 
     # Warm start
 

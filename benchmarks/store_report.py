@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benchmarks.client import BY_HASH, BY_TOKENS
 from benchmarks.report import Markers, grid, number, processor
-from benchmarks.store import CONDITIONS, DOWN, MEMORY, PACES, REDIS, SLOW, STOPPED, UP
+from benchmarks.store import AGAIN, CONDITIONS, DOWN, MEMORY, PACES, REDIS, SLOW, STOPPED, UP
 
 if TYPE_CHECKING:
     from benchmarks.arena import Arena
@@ -150,7 +150,12 @@ def _writing(samples: Samples) -> str:
 
 
 def _latency(samples: Samples) -> str:
-    head = ["queries during ingest", "blocks/s", "`--store memory`", *(f"Redis {name}" for name in CONDITIONS)]
+    head = [
+        "queries during ingest",
+        "blocks/s",
+        "`--store memory`",
+        *(name if name == AGAIN else f"Redis {name}" for name in CONDITIONS),
+    ]
     rows = []
     routes = ((BY_HASH, "512 hashes"), (BY_TOKENS, "8192 tokens"))
     for pace, (route, label), figure in product(PACES, routes, ("p50", "p99")):
