@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from copying import copy
+from kvindexer.index import topology
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import HolderMatch, IndexLimits
 from kvindexer.types import TIERS, Keyspace, SourceSpec, Tier
@@ -18,6 +19,7 @@ SPACE = Keyspace("default", "tiny", "", SIZE)
 PROMPT = Prompt(tuple(range(100, 148)))
 HASHES = tuple(range(1, 13))
 POD = SourceSpec(instance="pod-a", model="tiny", block_size=SIZE, endpoint="tcp://pod-a:5557")
+NONE = (0, 0, 0, 0)
 STORE = replace(POD, instance="store", type="store", endpoint="tcp://store:1", tier="remote", readers=("pod-a",))
 
 
@@ -307,3 +309,31 @@ def test_interned_masks_go_when_a_tier_is_emptied() -> None:
     for name in names:
         index.withdraw(name, TIERS)
     assert len(space._masks) <= 4096
+
+
+def test_matches_that_are_kept_are_those_of_this_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an engine is may change, and more matches may be made than are kept: answers are those of a new index."""
+    monkeypatch.setattr(topology, "MAX_MATCHES", 5)
+    index = PyIndex()
+    for rank in range(4):
+        index.attach(f"s{rank}", replace(POD, rank=rank))
+        index.apply(f"s{rank}", payload([whole(0, 3 + 2 * rank)]))
+    for speculative in (0, 2, 0):
+        index.attach("s0", replace(POD, speculative_blocks=speculative))
+        index.apply("s0", payload([whole(0, 3)]))
+        for tokens in (48, 20, 48, 9):
+            found = index.match(SPACE, PROMPT.keys(SIZE), tokens)
+            assert sorted((match.rank, match.held, match.cached) for match in found) == [
+                (rank, held, max(0, min(held, (tokens - 1) // SIZE) - (0 if rank else speculative)))
+                for rank, held in enumerate((3, 5, 7, 9))
+            ]
+
+
+def test_matches_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "MAX_MATCHES", 5)
+    made = topology.Topology([])
+    for depth in range(1, 100):
+        match = HolderMatch("pod-a", 0, depth, depth, depth, NONE, NONE)
+        made.keep(made.matches(depth, depth), 1, match)
+        assert made.matches(depth, depth) == {1: match}
+        assert 1 <= sum(map(len, made.kept.values())) <= 5

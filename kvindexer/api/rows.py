@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
+from struct import Struct
 from typing import Final, NamedTuple
 
 import msgspec
@@ -25,10 +26,13 @@ from kvindexer.tiering.weights import DEFAULT_WEIGHTS, Weights, score
 
 MAX_REMEMBERED: Final = 16_384
 """Most pieces of one kind that are kept."""
+MAX_ROWS: Final = 4096
+"""Most whole rows of one kind that are kept."""
 
 _ByTier = tuple[int, int, int, int]
 _NOTHING: Final[_ByTier] = (0, 0, 0, 0)
-_LAST: Final = (0.0, 0.0, 0.0)
+_LAST: Final = 0
+_float, _integer = Struct("<d").pack, Struct("<Q").unpack
 _NO_MATCH: Final = HolderMatch("", 0, 0, 0, 0, _NOTHING, _NOTHING)
 
 
@@ -127,18 +131,26 @@ class _Soon(msgspec.Struct):
     speculative_tokens: int
 
 
-class _Shape(NamedTuple):
+class _Shape(msgspec.Struct, frozen=True, gc=False):
     """Figures of one rank, whosoever they are."""
 
-    by_cached: tuple[float, float, float]
-    by_score: tuple[float, float, float]
+    by_cached: int
+    by_score: int
     """What decides over the order, lower is better."""
     encoded: bytes
     matched: int
 
 
-_Entry = tuple[tuple[float, float, float], str, _Shape, int, HolderMatch]
-"""Order, instance, figures, and what they were made of: block size and match."""
+class _Written(msgspec.Struct, gc=False):
+    """A whole row, as it was written for this status and spelling."""
+
+    status: InstanceStatus | None = None
+    candidate: str | None = None
+    row: bytes = b""
+
+
+_Entry = tuple[int, str, _Shape, int, HolderMatch, _Written]
+"""Order, instance, figures, what they were made of: block size and match; and the row, if it was written before."""
 
 
 _Around = tuple[InstanceStatus | None, bytes, bytes]
@@ -153,13 +165,23 @@ class _Layout(NamedTuple):
     joiner: Joiner
     around: dict[str | tuple[str, str], _Around]
     """By instance, and how it is spelled if it is."""
+    entries: dict[tuple[int, bool], dict[HolderMatch | str, _Entry]]
+    """By block size and order; then by match, or by instance where there is none."""
+
+    def known(self, size: int, ranking: Ranking) -> dict[HolderMatch | str, _Entry]:
+        """Entries that were made before."""
+        known = self.entries.setdefault((size, ranking.by_score), {})
+        if len(known) > MAX_ROWS:
+            known.clear()
+        return known
 
 
 class RowMaker:
     """Makes rows for answers of one form, from pieces.
 
     What instances hold differs between queries, the shapes of what they hold mostly repeat: they are encoded once.
-    So are names and states of instances, which are the same for many queries.
+    So are names and states of instances, which are the same for many queries.  Where an instance matches as far as it
+    did before, which is so for beginnings that prompts share, the whole row is there until its state changes.
     """
 
     def __init__(self, fleet: Fleet, form: Form, weights: Weights) -> None:
@@ -169,7 +191,7 @@ class RowMaker:
         self._shapes: dict[int | tuple[object, ...], _Shape] = {}
         self._soon: dict[int, bytes] = {}
         self._layouts = {
-            (spelled, by_rank, routed): _Layout(Joiner(form, fields_of((who, _Figures, _Trust, *rank, *soon))), {})
+            (spelled, by_rank, routed): _layout(form, (who, _Figures, _Trust, *rank, *soon))
             for spelled, who in ((False, _Who), (True, _Spelled))
             for by_rank, rank in ((False, ()), (True, (_ByRank,)))
             for routed, soon in ((False, ()), (True, (_Soon,)))
@@ -186,7 +208,8 @@ class RowMaker:
 
         All of them must meet the requirements.  `ahead`: how far instances get with prompts that are on their way.
         """
-        entries = self._entries(found, ranking)
+        layout = self._layouts[listed is not None, ranking.by_rank, ahead is not None]
+        entries = self._entries(found, ranking, layout)
         holding = {entry[1] for entry in entries}
         if len(holding) != len(entries):
             entries = self._merged(entries, ranking)
@@ -196,22 +219,23 @@ class RowMaker:
         entries.sort()
         longest = max([entry[2].matched for entry in entries], default=0)
         if ahead:
-            entries = self._with_coming(entries, ahead, holding, ranking)
+            entries = self._with_coming(entries, ahead, holding, layout, ranking)
             holding = holding.union(ahead)
         if listed is not None and len(holding) < len(listed.sizes):
             entries += [
-                (_LAST, instance, self._without_match(listed.sizes[instance]), 0, _NO_MATCH)
+                self._without_match(instance, listed.sizes[instance], layout, ranking)
                 for instance in sorted(listed.sizes.keys() - holding)
                 if required is None or required.met_by(status_of(instance))
             ]
         details = _by_rank(found, ranking.weights) if ranking.by_rank else None
-        layout = self._layouts[listed is not None, ranking.by_rank, ahead is not None]
-        joiner, around = layout
+        joiner, around, _ = layout
         spelled = None if listed is None else listed.spelled
         shown = entries[: ranking.most]
         statuses = self._fleet.each_status([entry[1] for entry in shown])
+        if ahead is None and details is None:
+            return Rows(joiner.objects(self._whole(shown, statuses, spelled, layout), len(shown)), longest)
         pieces: list[bytes] = []
-        for (_, instance, shape, _, _), status in zip(shown, statuses, strict=True):
+        for (_, instance, shape, *_), status in zip(shown, statuses, strict=True):
             known, name, trust = around.get(instance if spelled is None else (instance, spelled[instance]), _NOBODY)
             if known is not status:
                 name, trust = self._surround(instance, spelled, status, layout)
@@ -226,12 +250,17 @@ class RowMaker:
         return Rows(joiner.objects(pieces, len(shown)), longest)
 
     def _with_coming(
-        self, entries: list[_Entry], ahead: Mapping[str, Ahead], holding: Collection[str], ranking: Ranking
+        self,
+        entries: list[_Entry],
+        ahead: Mapping[str, Ahead],
+        holding: Collection[str],
+        layout: _Layout,
+        ranking: Ranking,
     ) -> list[_Entry]:
         """Instances that hold nothing yet come behind those that do, or all in the order in which they will hold."""
         required, status_of = ranking.required, self._fleet.status
         entries = entries + [
-            (_LAST, instance, self._without_match(soon.block_size), 0, _NO_MATCH)
+            self._without_match(instance, soon.block_size, layout, ranking)
             for instance, soon in sorted(ahead.items(), key=lambda item: (-item[1].tokens, item[0]))
             if instance not in holding and (required is None or required.met_by(status_of(instance)))
         ]
@@ -239,32 +268,61 @@ class RowMaker:
             entries.sort(key=lambda entry: _reach(entry, ahead))  # equals stay in the order that they have
         return entries
 
-    def _entries(self, found: Iterable[Found], ranking: Ranking) -> list[_Entry]:
+    def _whole(
+        self,
+        entries: Iterable[_Entry],
+        statuses: Iterable[InstanceStatus],
+        spelled: Mapping[str, str] | None,
+        layout: _Layout,
+    ) -> list[bytes]:
+        """Rows in which nothing depends on the prompt but what is in their entries."""
+        rows: list[bytes] = []
+        for (_, instance, shape, _, _, written), status in zip(entries, statuses, strict=True):
+            candidate = None if spelled is None else spelled[instance]
+            if written.status is not status or written.candidate != candidate:
+                key = instance if candidate is None else (instance, candidate)
+                known, name, trust = layout.around.get(key, _NOBODY)
+                if known is not status:
+                    name, trust = self._surround(instance, spelled, status, layout)
+                written.row = name + shape.encoded + trust
+                written.status, written.candidate = status, candidate
+            rows.append(written.row)
+        return rows
+
+    def _entries(self, found: Iterable[Found], ranking: Ranking, layout: _Layout) -> list[_Entry]:
         """All ranks that hold something."""
-        weights, by_score = ranking.weights, ranking.by_score
+        weights = ranking.weights
         shapes = self._shapes if weights == self._weights else {}
         if len(shapes) > MAX_REMEMBERED:
             shapes.clear()
         entries: list[_Entry] = []
         for keyspace, matches in found:
             size = keyspace.block_size
+            known = layout.known(size, ranking) if weights == self._weights else {}
             for match in matches:
-                usable = match.usable
-                if not usable:
-                    continue
-                key: int | tuple[object, ...]
-                if match.alone == (usable, 0, 0, 0) and match.held == usable:
-                    # only a GPU holds anything, as nearly always: few numbers say it all, and are found much faster
-                    key = size << 96 | match.rank << 64 | usable << 32 | match.cached
-                else:
-                    key = (size, match.rank, usable, match.cached, match.alone, match.cumulative)
-                shape = shapes.get(key)
-                if shape is None:
-                    shape = self._shape(size, match, weights, {str(match.rank): usable * size})
-                    shapes[key] = shape
-                order = shape.by_score if by_score else shape.by_cached
-                entries.append((order, match.instance, shape, size, match))
+                entry = known.get(match)
+                if entry is None:
+                    if not match.usable:
+                        continue
+                    entry = known[match] = self._entry(size, match, ranking, shapes)
+                entries.append(entry)
         return entries
+
+    def _entry(
+        self, size: int, match: HolderMatch, ranking: Ranking, shapes: dict[int | tuple[object, ...], _Shape]
+    ) -> _Entry:
+        usable = match.usable
+        key: int | tuple[object, ...]
+        if match.alone == (usable, 0, 0, 0) and match.held == usable:
+            # only a GPU holds anything, as nearly always: few numbers say it all, and are found much faster
+            key = size << 96 | match.rank << 64 | usable << 32 | match.cached
+        else:
+            key = (size, match.rank, usable, match.cached, match.alone, match.cumulative)
+        shape = shapes.get(key)
+        if shape is None:
+            shape = shapes[key] = self._shape(size, match, ranking.weights, {str(match.rank): usable * size})
+        order = shape.by_score if ranking.by_score else shape.by_cached
+        return order, match.instance, shape, size, match, _Written()
 
     def _merged(self, entries: Iterable[_Entry], ranking: Ranking) -> list[_Entry]:
         """One entry an instance: its best rank, with what each of its ranks matches."""
@@ -273,35 +331,41 @@ class RowMaker:
             of_instance.setdefault(entry[1], []).append(entry)
         merged = []
         for instance, several in of_instance.items():
-            order, _, shape, size, match = min(several, key=itemgetter(0))
+            entry = min(several, key=itemgetter(0))
             if len(several) > 1:
                 ranks: dict[str, int] = {}
-                for _, _, of_rank, _, its_match in several:
+                for _, _, of_rank, _, its_match, _ in several:
                     rank = str(its_match.rank)
                     ranks[rank] = max(of_rank.matched, ranks.get(rank, 0))
+                order, _, _, size, match, _ = entry
                 shape = self._shape(size, match, ranking.weights, ranks)
-            merged.append((order, instance, shape, size, match))
+                entry = (order, instance, shape, size, match, _Written())
+            merged.append(entry)
         return merged
 
     def _shape(self, size: int, match: HolderMatch, weights: Weights, ranks: dict[str, int]) -> _Shape:
         matched, cached = match.usable * size, match.cached * size
         worth = score(match.cumulative, match.usable, weights) * size
         figures = _Figures(size, matched, cached, worth, _tiers(size, match.alone, match.cumulative), ranks)
-        encoded = piece(self._form, figures)
-        return _Shape((-cached, -matched, -worth), (-worth, -cached, -matched), encoded, matched)
+        encoded, value = piece(self._form, figures), _value(worth)
+        return _Shape(_order(cached, matched, value), _order(value, cached, matched), encoded, matched)
 
-    def _without_match(self, size: int) -> _Shape:
-        key = (size,)
-        shape = self._shapes.get(key)
-        if shape is None:
-            shape = self._shapes[key] = self._shape(size, _NO_MATCH, self._weights, {})
-        return shape
+    def _without_match(self, instance: str, size: int, layout: _Layout, ranking: Ranking) -> _Entry:
+        known = layout.known(size, ranking)
+        entry = known.get(instance)
+        if entry is None:
+            key = (size,)
+            shape = self._shapes.get(key)
+            if shape is None:
+                shape = self._shapes[key] = self._shape(size, _NO_MATCH, self._weights, {})
+            entry = known[instance] = (_LAST, instance, shape, 0, _NO_MATCH, _Written())
+        return entry
 
     def _surround(
         self, instance: str, spelled: Mapping[str, str] | None, status: InstanceStatus, layout: _Layout
     ) -> tuple[bytes, bytes]:
         """Encode what stands around the figures of an instance, and keep it for as long as its status is the same."""
-        joiner, around = layout
+        joiner, around, _ = layout
         if len(around) >= MAX_REMEMBERED:
             around.clear()
         trust = joiner.further(piece(self._form, _Trust(*status)))
@@ -322,6 +386,22 @@ class RowMaker:
                 self._soon.clear()
             encoded = self._soon[tokens] = joiner.further(piece(self._form, _Soon(tokens)))
         return encoded
+
+
+def _layout(form: Form, kinds: Iterable[type[msgspec.Struct]]) -> _Layout:
+    """Rows that consist of these, with nothing encoded yet."""
+    return _Layout(Joiner(form, fields_of(kinds)), {}, {})
+
+
+def _order(first: int, second: int, third: int) -> int:
+    """Three numbers below 2**64 as one to sort by: more is better, by the first one before all, and less is first."""
+    return -(first << 128 | second << 64 | third)
+
+
+def _value(worth: float) -> int:
+    """A number that is not negative, as an integer of the same order: the bits of an IEEE 754 number have it."""
+    (bits,) = _integer(_float(worth + 0.0))  # of a negative zero this makes a zero
+    return int(bits)
 
 
 def _reach(entry: _Entry, ahead: Mapping[str, Ahead]) -> int:

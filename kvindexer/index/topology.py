@@ -16,9 +16,12 @@ from kvindexer.tiering.groups import EVERY_BLOCK, GroupRule
 from kvindexer.types import TIERS, SourceSpec, Tier
 
 if TYPE_CHECKING:
+    from kvindexer.index.seam import HolderMatch
     from kvindexer.index.space import Space
 
 EVERY_READER: Final = "*"
+MAX_MATCHES: Final = 16_384
+"""Most matches of one keyspace that are kept, but for those of one more depth."""
 
 
 def is_store(spec: SourceSpec) -> bool:
@@ -118,6 +121,24 @@ class Topology:
         """By bits: the holder; by one bit if it is `plain`."""
         self.plain = all(len(holder.prefix) == 1 and not holder.tails for holder in self.holders)
         """Every holder is one slot, of which every block is needed."""
+        self.kept: dict[tuple[int, int], dict[int, HolderMatch]] = {}
+        """Matches that were made before, by depth and how much of it may be reused, then by the holder's bits."""
+        self._room = MAX_MATCHES
+
+    def matches(self, depth: int, reusable: int) -> dict[int, HolderMatch]:
+        """Those of this depth; prompts share beginnings, so most come again."""
+        matches = self.kept.get((depth, reusable))
+        if matches is None:
+            if self._room <= 0:
+                self.kept.clear()
+                self._room = MAX_MATCHES
+            matches = self.kept[depth, reusable] = {}
+        return matches
+
+    def keep(self, matches: dict[int, HolderMatch], bits: int, match: HolderMatch) -> None:
+        """One more of them."""
+        self._room -= 1
+        matches[bits] = match
 
     def _add(self, instance: str, rank: int, slots: list[Slot], stores: list[Slot], lent: dict[int, int]) -> None:
         slots = [slot for slot in slots if slot.seen] or (slots if stores else [])

@@ -75,21 +75,33 @@ def _match_gpu(space: Space, keys: Sequence[int], wanted: int, cap: int) -> list
             continue
         gone, alive = alive ^ left, left
         if depth:
-            alone, cumulative = (depth, 0, 0, 0), (depth, depth, depth, depth)
             reusable = min(depth, cap)
+            known = topology.matches(depth, reusable)
             while gone:
                 bit = gone & -gone
                 gone ^= bit
-                holder = holder_of[bit]
-                cached = reusable - holder.speculative_blocks if reusable > holder.speculative_blocks else 0
-                found.append(
-                    HolderMatch(
-                        holder.instance, holder.rank, depth, depth, cached, alone, cumulative, holder.unknown_group
-                    )
-                )
+                match = known.get(bit)
+                if match is None:
+                    match = _on_gpu(holder_of[bit], depth, reusable)
+                    topology.keep(known, bit, match)
+                found.append(match)
         if not alive:
             break
     return found
+
+
+def _on_gpu(holder: Holder, depth: int, reusable: int) -> HolderMatch:
+    """A match where only GPUs hold blocks."""
+    return HolderMatch(
+        holder.instance,
+        holder.rank,
+        held=depth,
+        usable=depth,
+        cached=max(0, reusable - holder.speculative_blocks),
+        alone=(depth, 0, 0, 0),
+        cumulative=(depth, depth, depth, depth),
+        unknown_group=holder.unknown_group,
+    )
 
 
 def _segments(space: Space, keys: Sequence[int], tiers: Sequence[Tier], wanted: int) -> list[Segment]:
