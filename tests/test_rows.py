@@ -46,7 +46,7 @@ def a_question(dice: Random) -> tuple[list[Found], Ranking, Listed | None]:
         found.append(Found(space, list(matches.values())))
     ranking = Ranking(
         required=dice.choice([None, None, Requirements(live=True), Requirements(sound=True)]),
-        weights=dice.choice([DEFAULT_WEIGHTS, DEFAULT_WEIGHTS, (1.0, 0.5, -0.0, 0.0), (-0.0, -0.0, -0.0, -0.0)]),
+        weights=dice.choice([DEFAULT_WEIGHTS, DEFAULT_WEIGHTS, (1.0, 0.5, -0.0, 0.0), (-0.0, 0.0, 0.0, 0.0)]),
         by_score=dice.random() < 0.4,
         most=dice.choice([None, None, 3]),
         by_rank=dice.random() < 0.2,
