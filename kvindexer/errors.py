@@ -2,6 +2,7 @@
 
 KvIndexerError
 ├── SettingsError            a flag, variable or file says something unusable: name, value, what was expected
+│   └── UnknownNameError         it names a setting, or a field of one, that there is not
 ├── WireError                bytes of a publisher that are no batch or no event of any dialect
 ├── RequestError             a caller of the HTTP API asked for something that can't be (has an HTTP status)
 │   ├── UnknownModelError        404
@@ -21,9 +22,15 @@ A `StoreError` is never a caller's trouble: queries are answered from memory.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Final
 
 _USER: Final = re.compile(r"(?<=://)[^/@\s]+@")
+_ALIKE: Final = 0.7
+"""How alike names must be for one to be taken for a slip of the other."""
+_LISTED: Final = 32
+"""More names than that are no help in a line."""
 
 
 def without_user(text: str) -> str:
@@ -36,14 +43,53 @@ class KvIndexerError(Exception):
 
 
 class SettingsError(KvIndexerError):
-    """A setting can't be used."""
+    """A setting can't be used; `origin` is where it was given, as far as that is known."""
 
-    def __init__(self, key: str, value: object, expected: str) -> None:
+    def __init__(self, key: str, value: object, expected: str, origin: str = "") -> None:
         self.key = key
         self.value = without_user(value) if isinstance(value, str) else value
         self.expected = expected
+        self.origin = origin
         shown = key if key.isprintable() else ascii(key)[1:-1]  # names in maps are the operator's
-        super().__init__(f"setting {shown}: {self.value!r} is not usable, expected {expected}")
+        super().__init__(f"setting {shown}: {self.problem}")
+
+    @property
+    def problem(self) -> str:
+        """The error without the setting's name."""
+        wrong = "nothing is set" if self.value is None else f"{self.value!r} is not usable"
+        return f"{wrong}, expected {self.expected}{self._given}"
+
+    @property
+    def _given(self) -> str:
+        return f" ({self.origin})" if self.origin else ""
+
+    def at(self, origin: str) -> SettingsError:
+        """The same error, with the place where the value was given."""
+        return SettingsError(self.key, self.value, self.expected, origin)
+
+
+class UnknownNameError(SettingsError):
+    """There is no such setting, or field of one.  Its value is in no message: it may be a misspelled secret."""
+
+    def __init__(self, key: str, known: Iterable[str], what: str = "field", origin: str = "") -> None:
+        self._known, self._what = tuple(known), what
+        super().__init__(key, None, f"a known {what}", origin)
+
+    @property
+    def problem(self) -> str:
+        """The error without the name."""
+        name = self.key.rpartition(".")[2].lower().replace("-", "_")
+        near = get_close_matches(name, self._known, n=1, cutoff=_ALIKE)
+        if near:
+            way = f"; did you mean {near[0]}?"
+        else:
+            many = len(self._known) > _LISTED
+            way = "; docs/settings.md lists them" if many else f"; known are {', '.join(self._known)}"
+        return f"there is no such {self._what}{way}{self._given}"
+
+    def at(self, origin: str) -> SettingsError:
+        """See `SettingsError.at`."""
+        return UnknownNameError(self.key, self._known, self._what, origin)
 
 
 class WireError(KvIndexerError):

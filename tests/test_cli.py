@@ -224,7 +224,7 @@ def test_arguments_that_cannot_be_used_end_with_2(arguments: list[str]) -> None:
 def test_a_setting_that_cannot_be_used_takes_one_line() -> None:
     code, out, err = run("serve", "--port", "abc")
     assert (code, out) == (2, "")
-    assert err.startswith("kvindexer: setting port: 'abc' is not usable, expected a valid integer")
+    assert err.startswith("kvindexer: setting port: 'abc' is not usable, expected a whole number from 0 to 65535")
     assert err.count("\n") == 1
     said = run("serve", KVINDEXER_MAX_CONCURRENT_REPLAYS="x")[2]
     assert said.startswith("kvindexer: setting max_concurrent_replays: 'x' is not")

@@ -217,12 +217,12 @@ def test_the_life_is_that_of_the_engines_container_not_of_its_neighbours() -> No
         ("http-port", "", "one port, or different ones"),
         ("ranks", "0", "a number from 1 to 1024"),
         ("ranks", "-1", "a number from 1 to 1024"),
-        ("block-size", "big", "a valid integer"),
+        ("block-size", "big", "a whole number"),
         ("block-size", "0", "greater than 0"),
         ("type", "llama", "'vllm', 'sglang'"),
         ("report-mode", "loud", "'normal' or 'full'"),
         ("durable-tiers", "attic", "names of tiers"),
-        ("offload-connector", "perhaps", "a valid boolean"),
+        ("offload-connector", "perhaps", "true or false"),
     ],
 )
 def test_an_annotation_that_can_not_be_says_its_name_its_value_and_what_was_expected(

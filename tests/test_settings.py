@@ -63,24 +63,25 @@ def test_settings_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("port", "abc", "integer"),
+        ("port", "abc", "a whole number from 0 to 65535"),
         ("port", 65536, "65535"),
         ("port", -1, "0"),
         ("port", True, "a number"),
-        ("port", None, "integer"),
-        ("port", "9" * 5000, "integer"),
-        ("max_sources", 0, "greater than 0"),
-        ("max_sources", 1.5, "integer"),
-        ("receive_hwm", 2**31, "less than"),
-        ("replay_timeout_s", math.nan, "0"),
-        ("replay_timeout_s", "inf", "less than"),
-        ("replay_timeout_s", -1, "greater than 0"),
-        ("gone_after_s", 1e9, "less than"),
-        ("slice_ms", 0, "greater than 0"),
+        ("port", None, "a whole number"),
+        ("port", "9" * 5000, "a whole number"),
+        ("max_sources", 0, "a whole number from 1 to 2147483647"),
+        ("max_sources", 1.5, "a whole number"),
+        ("receive_hwm", 2**31, "a whole number from"),
+        ("replay_timeout_s", math.nan, "a number of seconds above 0 and at most 604800"),
+        ("replay_timeout_s", "inf", "at most 604800"),
+        ("replay_timeout_s", "30s", "a number of seconds above 0"),
+        ("gone_after_s", 1e9, "at most"),
+        ("slice_ms", 0, "a number of milliseconds above 0"),
         ("log_level", "loud", "'debug'"),
-        ("host", "", "1 character"),
+        ("host", "", "some text"),
+        ("replica", "a b", "letters, digits"),
         ("allowed_endpoints", "[", "YAML"),
-        ("media", ["x"], "dictionary"),
+        ("media", ["x"], "a map, as `{name: value}`"),
         ("sources", 7, "a list of sources"),
     ],
 )
@@ -110,9 +111,60 @@ def test_values_that_do_not_fit_together_are_named(overrides: dict[str, Any], ke
 
 
 def test_an_unknown_setting_is_named_with_the_nearest_known_one(tmp_path: Path) -> None:
-    assert "max_sources" in refused({}, write(tmp_path, "max_source: 1\n")).expected
-    assert refused({}, environ={"KVINDEXER_PROT": "1"}).key == "prot"
-    assert refused({"nonsense": 1}).key == "nonsense"
+    file = write(tmp_path, "max_source: 1\n")
+    assert str(refused({}, file)) == (
+        f"setting max_source: there is no such setting; did you mean max_sources? (file {file})"
+    )
+    assert str(refused({}, environ={"KVINDEXER_PROT": "1"})) == (
+        "setting prot: there is no such setting; did you mean port? (variable KVINDEXER_PROT)"
+    )
+    assert str(refused({"nonsense": 1})) == (
+        "setting nonsense: there is no such setting; docs/settings.md lists them"
+    )
+    for spelling in ("max-sources", "MAX_SOURCES", "Max-Source"):
+        assert "did you mean max_sources?" in str(refused({}, write(tmp_path, f"{spelling}: 1\n")))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        (
+            "sources",
+            [{"instance": "a", "modle": "m"}],
+            "sources[0].modle: there is no such field; did you mean model?",
+        ),
+        ("sources", [{"instance": "a"}], "sources[0].model: nothing is set, expected a value: it has no default"),
+        ("tier_weights", {"gpuu": 1}, "tier_weights.gpuu: there is no such tier; did you mean gpu?"),
+        ("tier_weights", {"x": 1}, "tier_weights.x: there is no such tier; known are gpu, cpu, disk, remote"),
+        ("tokenizers", {"m": {"paht": "/x"}}, "tokenizers.m.paht: there is no such field; did you mean path?"),
+        (
+            "auth_certificates",
+            {"*": {"role": ["query"]}},
+            "auth_certificates.*.role: there is no such field; did you mean roles?",
+        ),
+    ],
+)
+def test_an_unknown_name_inside_a_setting_is_named_with_the_nearest_known_one(
+    setting: str, value: object, said: str
+) -> None:
+    assert str(refused({setting: value})) == f"setting {said}"
+
+
+def test_an_error_says_where_the_value_was_given(tmp_path: Path) -> None:
+    """In a file, in a variable; a flag stands on the same screen."""
+    file = write(tmp_path, "tier_weights: {gpu: -1}\n")
+    assert str(refused({}, file)).endswith(f"-1 is not usable, expected a number at least 0 (file {file})")
+    assert str(refused({}, environ={"KVINDEXER_PORT": "x"})).endswith("from 0 to 65535 (variable KVINDEXER_PORT)")
+    assert str(refused({"port": "x"})).endswith("from 0 to 65535")
+    assert str(refused({"port": "x"}, None, {"KVINDEXER_PORT": "y"})).endswith("to 65535")
+
+
+def test_what_is_no_map_of_settings_is_said(tmp_path: Path) -> None:
+    for text, found in (("port 8090\n", "text"), ("- port\n", "a list"), ("7\n", "a single value")):
+        assert refused({}, write(tmp_path, text)).expected.endswith(f"`name: value` in each line; it is {found}")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "it is no UTF-8 text" in refused({}, binary).expected
 
 
 def test_variables_that_kubernetes_sets_for_a_service_of_our_name_are_passed_over() -> None:

@@ -46,7 +46,7 @@ def layered(texts: Iterable[str], named: Mapping[str, Any]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
-            raise SettingsError("set", text, "key=value")
+            raise SettingsError("--set", text, "KEY=VALUE")
         if key in values:
             raise SettingsError(key, value, "one --set for each setting")
         values[key] = value

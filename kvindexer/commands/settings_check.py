@@ -33,7 +33,7 @@ class Problem(NamedTuple):
 
 def refused(error: SettingsError) -> Problem:
     """What a value is not usable for."""
-    return Problem("fail", error.key, f"{error.value!r} is not usable, expected {error.expected}")
+    return Problem("fail", error.key, error.problem)
 
 
 async def problems(settings: Settings, *, connect: bool) -> list[Problem]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from kvindexer.access.identity import ROLES, Grant, Role
-from kvindexer.errors import SettingsError
+from kvindexer.errors import SettingsError, UnknownNameError
 from kvindexer.hiding import HIDDEN, short
 
 MAX_NAME: Final = 1024
@@ -35,7 +35,7 @@ def grant_of(value: object, key: str) -> Grant:
         return Grant(roles_of(value, f"{key}.roles"))
     for name in value:
         if name not in FIELDS:
-            raise SettingsError(f"{key}.{short(name)}", HIDDEN, f"one of the fields {', '.join(FIELDS)}")
+            raise UnknownNameError(f"{key}.{short(name)}", FIELDS)
     return checked_grant(value, key)
 
 

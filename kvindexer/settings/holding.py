@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
-from kvindexer.errors import SettingsError
+from kvindexer.errors import SettingsError, UnknownNameError
 from kvindexer.settings.source import TIER_NAMES
 from kvindexer.settings.values import Count, Weight, from_text
 
@@ -56,5 +56,5 @@ class Holding(BaseModel):
     def _over_the_defaults(cls, value: Mapping[str, float]) -> Mapping[str, float]:
         for tier in value:
             if tier not in TIER_NAMES:
-                raise SettingsError(f"tier_weights.{tier}", value[tier], f"a tier: {', '.join(TIER_NAMES)}")
+                raise UnknownNameError(f"tier_weights.{tier}", TIER_NAMES, "tier")
         return {**TIER_WEIGHTS, **value}

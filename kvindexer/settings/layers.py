@@ -8,7 +8,6 @@ whichever layer, comes out as one `SettingsError` that names the key, the value 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any, Final, NamedTuple, get_args
 from pydantic import SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
-from kvindexer.errors import SettingsError
+from kvindexer.errors import SettingsError, UnknownNameError
 from kvindexer.hiding import HIDDEN, short
 from kvindexer.settings.whole import Settings
+from kvindexer.settings.wording import expected_of
 from kvindexer.settings.yaml_file import read_yaml
 from kvindexer.store.address import without_password
 
@@ -55,9 +55,9 @@ def read_settings(config: Path | None, overrides: Mapping[str, Any], environ: Ma
     origins: dict[str, str] = {}
     for origin, layer in (("variable", _environment(environ)), ("file", content), ("flag", overrides)):
         values.update(layer)
-        origins.update(dict.fromkeys(layer, origin))
+        origins.update(dict.fromkeys(map(str, layer), origin))
     unknown = [key for key in values if key not in Settings.model_fields]
-    errors = [SettingsError(str(key), HIDDEN, _known_settings(str(key))) for key in unknown]  # may be a secret
+    errors: list[SettingsError] = [UnknownNameError(str(key), Settings.model_fields, "setting") for key in unknown]
     for key in unknown:
         del values[key]
     try:
@@ -67,15 +67,27 @@ def read_settings(config: Path | None, overrides: Mapping[str, Any], environ: Ma
     except ValidationError as error:
         errors += [_as_ours(one) for one in error.errors(include_url=False)]
     if errors:
-        return Reading(None, errors, origins)
+        return Reading(None, [error.at(_place(error.key, origins, config)) for error in errors], origins)
     return Reading(settings, [], origins)
 
 
 def _as_ours(error: ErrorDetails) -> SettingsError:
     name, *inside = error["loc"]
     key = str(name) + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inside)
-    expected = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return SettingsError(key, _shown(str(name), error["input"]), expected)
+    field = None if inside else Settings.model_fields.get(str(name))
+    return SettingsError(key, _shown(str(name), error["input"]), expected_of(error, str(name), field))
+
+
+def _place(key: str, origins: Mapping[str, str], config: Path | None) -> str:
+    """Where the operator has written it."""
+    name = key if key in origins else re.split(r"[.\[]", key, maxsplit=1)[0]
+    match origins.get(name):
+        case "variable":
+            return f"variable {ENV_PREFIX}{name.upper()}"
+        case "file":
+            return f"file {config}"
+        case _:
+            return ""
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -101,13 +113,11 @@ def _yaml_file(config: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise SettingsError("config", str(config), "a YAML map of settings")
+        found = "a list" if isinstance(content, list) else "text" if isinstance(content, str) else "a single value"
+        raise SettingsError(
+            "config", str(config), f"a YAML map of settings, `name: value` in each line; it is {found}"
+        )
     return content
-
-
-def _known_settings(key: str) -> str:
-    near = difflib.get_close_matches(key, Settings.model_fields, n=1)
-    return f"a known setting; did you mean {near[0]}?" if near else "a known setting (docs/settings.md lists them)"
 
 
 def _shown(name: str, value: object) -> object:

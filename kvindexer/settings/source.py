@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from kvindexer.errors import SettingsError
+from kvindexer.errors import SettingsError, UnknownNameError
 from kvindexer.hiding import HIDDEN, short
+from kvindexer.settings.wording import expected_of
 from kvindexer.types import TIERS, SourceSpec
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def source_of(values: Mapping[Any, Any], key: str) -> SourceSpec:
     for name, value in values.items():
         field = ALIASES.get(name, name)
         if field not in _FIELDS:
-            raise SettingsError(f"{key}.{name}", HIDDEN, f"one of the fields {', '.join(_FIELDS)}")
+            raise UnknownNameError(f"{key}.{name}", _FIELDS)
         if field in known:
             raise SettingsError(f"{key}.{name}", _shown(field, value), f"only one spelling of {field}")
         if isinstance(value, bool) and not field.startswith(("offload_connector", "clear_")):
@@ -73,8 +74,7 @@ def source_of(values: Mapping[Any, Any], key: str) -> SourceSpec:
         field = str(first["loc"][0])
         if first["type"] == "missing":
             raise SettingsError(f"{key}.{field}", None, "a value: it has no default") from None
-        expected = first["msg"].removeprefix("Input should be ")
-        raise SettingsError(f"{key}.{field}", _shown(field, first["input"]), expected) from None
+        raise SettingsError(f"{key}.{field}", _shown(field, first["input"]), expected_of(first, field)) from None
     check_source(spec, key)
     return spec
 

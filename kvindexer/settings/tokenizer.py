@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from kvindexer.errors import SettingsError
+from kvindexer.errors import SettingsError, UnknownNameError
 from kvindexer.hiding import short
 
 MAX_ENGINES: Final = 1024
@@ -54,7 +54,7 @@ def _tokenizer(spec: object, key: str) -> TokenizerSpec:
         raise SettingsError(key, short(spec), "a map with path or engines")
     for name in spec:
         if name not in _FIELDS:
-            raise SettingsError(key, short(name), f"one of the fields {', '.join(_FIELDS)}")
+            raise UnknownNameError(f"{key}.{short(name)}", _FIELDS)
     path, chat_template = (_text(spec, name, key) for name in ("path", "chat_template"))
     engines = _engines(spec.get("engines", ()), key)
     if bool(path) == bool(engines):

@@ -31,7 +31,11 @@ def read_yaml(path: Path, key: str, *, secret: bool = False) -> Any:
     except OSError as error:
         raise SettingsError(key, shown, f"a readable file ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = "it can't be read" if secret else getattr(error, "problem", None) or "it can't be read"
+        problem = (
+            "it can't be read"
+            if secret
+            else getattr(error, "problem", None) or "it is no UTF-8 text, or nested too deeply"
+        )
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise SettingsError(key, shown, f"YAML ({problem}{place})") from None
