@@ -35,6 +35,7 @@ from kvindexer.api.app import create_app
 from kvindexer.api.listeners import Listener, configured, create_probes, probed
 from kvindexer.api.metrics import Metrics
 from kvindexer.errors import KvIndexerError, SettingsError
+from kvindexer.events.descriptors import room_in, shortage, wanted_descriptors
 from kvindexer.events.discovery.finder import KubernetesFinder
 from kvindexer.events.finding import Finder, Nowhere
 from kvindexer.events.fleet import LeastTrusted, LiveFleet
@@ -63,11 +64,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-DESCRIPTORS_A_SOURCE: Final = 8
-"""SUB, its monitor's two ends, the TCP connection, a replay with its own, and room for its successor."""
 NO_TRACER: Final = "OpenTelemetry to be installed: pip install 'kvindexer[otel]'"
 NO_CLIENT: Final = "a client of Kubernetes to be installed: pip install 'kvindexer[kubernetes]'"
-SPARE_DESCRIPTORS: Final = 1024
 GC_THRESHOLDS: Final = (50_000, 20, 100)
 """The index is dictionaries of integers, which hold no cycles: looking for some every 700 objects costs a fifth of
 the ingest and stretches the slowest queries (docs/benchmarks.md)."""
@@ -224,11 +222,6 @@ async def _serve(settings: Settings, sockets: _Sockets, reloads: Reloads) -> Non
             await texts.close()
 
 
-def wanted_descriptors(settings: Settings) -> int:
-    """Open files that as many sources as may be registered need."""
-    return DESCRIPTORS_A_SOURCE * settings.max_sources + SPARE_DESCRIPTORS + settings.max_connections
-
-
 def _raise_descriptor_limit(settings: Settings) -> None:
     """Room for every source's sockets, as far as the operating system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -236,13 +229,10 @@ def _raise_descriptor_limit(settings: Settings) -> None:
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft < allowed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    if allowed < wanted:
-        _log.warning(
-            "only %d open files are allowed (RLIMIT_NOFILE): enough for about %d sources, not for max_sources=%d",
-            allowed,
-            max(0, allowed - SPARE_DESCRIPTORS - settings.max_connections) // DESCRIPTORS_A_SOURCE,
-            settings.max_sources,
-        )
+    if message := shortage(settings, allowed):
+        _log.warning("%s", message)
+    elif allowed < wanted:
+        _log.info("%d open files are allowed: enough for about %d sources", allowed, room_in(allowed, settings))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import pytest
 
 from children import Child
+from kvindexer.events.descriptors import DESCRIPTORS_A_SOURCE
 from kvindexer.events.fleet import LiveFleet
-from kvindexer.service import DESCRIPTORS_A_SOURCE
 from kvindexer.testing import FakeEngine
 from kvindexer.types import SourceSpec
 from live import agrees, connected, spec_of, until, with_fleet

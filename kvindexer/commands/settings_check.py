@@ -15,7 +15,8 @@ from kvindexer.access.transport import open_transport
 from kvindexer.errors import RequestError, SettingsError, StoreError
 from kvindexer.events.configured import rehearse
 from kvindexer.events.curve import open_curve
-from kvindexer.service import open_finder, open_texts, open_tracing, wanted_descriptors
+from kvindexer.events.descriptors import shortage
+from kvindexer.service import open_finder, open_texts, open_tracing
 from kvindexer.settings import Settings
 from kvindexer.store.connect import open_client
 from kvindexer.store.layout import Names
@@ -89,8 +90,7 @@ async def _openings(settings: Settings) -> list[Problem]:
 
 def _descriptors(settings: Settings) -> Iterator[Problem]:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < (wanted := wanted_descriptors(settings)):
-        message = f"needs {wanted} open files, and {hard} are allowed here (ulimit -n)"
+    if message := shortage(settings, hard):
         yield Problem("warn", "max_sources", message)
 
 

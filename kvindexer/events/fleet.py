@@ -21,6 +21,7 @@ from typing import Protocol
 from kvindexer.errors import WireError
 from kvindexer.events.answers import Answers
 from kvindexer.events.curve import open_curve
+from kvindexer.events.descriptors import Room
 from kvindexer.events.finding import Finder, FindingFigures, Nowhere
 from kvindexer.events.followed import TRUST, Followed, open_stream
 from kvindexer.events.keeping import Keeper, Nobody, StoreFigures, StoreProblem
@@ -93,6 +94,7 @@ class LiveFleet:
             hang_up=self._hang_up,
         )
         self._sources: dict[str, Followed] = {}
+        self._room = Room(settings)
         self._subscriber: Subscriber | None = None
         self._answers = Answers(self.index, self._keeper, lambda: self._subscriber)
         self._ready = False
@@ -227,6 +229,7 @@ class LiveFleet:
         self._sources[source] = known = Followed(source, spec, self._stream(spec), self._rule, self.index)
         self._answers.add(known)
         self._start(known)
+        self._room.followed(len(self._sources))
         tell(_log, logging.INFO, "source registered", source=source, instance=spec.instance, model=spec.model)
 
     def _stream(self, spec: SourceSpec) -> Stream:
