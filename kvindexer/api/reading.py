@@ -44,7 +44,7 @@ class Given(Tokenized, Protocol):
 def prompt_of(request: Given, spaces: list[Keyspace], max_tokens: int) -> Prompt:
     """The prompt of a request.  Raises RequestError, TooLargeError."""
     given = (request.tokens, request.tokens_b64, request.keys, request.keys_b64)
-    if sum(field is not None for field in given) != 1:
+    if given.count(None) != len(given) - 1:
         raise RequestError(
             "invalid_request",
             "the prompt is missing or given twice",

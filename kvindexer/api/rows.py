@@ -7,7 +7,7 @@ wants that, the higher score first, or what was routed to it (docs/decisions/001
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from struct import Struct
 from typing import Final, NamedTuple
@@ -31,7 +31,7 @@ MAX_ROWS: Final = 4096
 
 _ByTier = tuple[int, int, int, int]
 _NOTHING: Final[_ByTier] = (0, 0, 0, 0)
-_LAST: Final = 0
+_MOST: Final = 2**192 - 1
 _float, _integer = Struct("<d").pack, Struct("<Q").unpack
 _NO_MATCH: Final = HolderMatch("", 0, 0, 0, 0, _NOTHING, _NOTHING)
 
@@ -134,9 +134,9 @@ class _Soon(msgspec.Struct):
 class _Shape(msgspec.Struct, frozen=True, gc=False):
     """Figures of one rank, whosoever they are."""
 
-    by_cached: int
-    by_score: int
-    """What decides over the order, lower is better."""
+    by_cached: str
+    by_score: str
+    """What decides over the order, all of the same length, lower is better."""
     encoded: bytes
     matched: int
 
@@ -149,13 +149,17 @@ class _Written(msgspec.Struct, gc=False):
     row: bytes = b""
 
 
-_Entry = tuple[int, str, _Shape, int, HolderMatch, _Written]
-"""Order, instance, figures, what they were made of: block size and match; and the row, if it was written before."""
+_Entry = tuple[str, str, _Shape, int, HolderMatch, _Written]
+"""Order, instance, figures, what they were made of: block size and match; and the row, if it was written before.
+
+The order is that of the figures and the instance's name behind it, as a string: those are sorted fastest by far.
+"""
 
 
 _Around = tuple[InstanceStatus | None, bytes, bytes]
 """A status, and what stands before and behind the figures of an instance that has it."""
 
+_ORDER: Final[Callable[[_Entry], str]] = itemgetter(0)
 _NOBODY: Final[_Around] = (None, b"", b"")
 
 
@@ -216,7 +220,7 @@ class RowMaker:
         required, status_of = ranking.required, self._fleet.status
         if required is not None:
             entries = [entry for entry in entries if required.met_by(status_of(entry[1]))]
-        entries.sort()
+        entries.sort(key=_ORDER)
         longest = max([entry[2].matched for entry in entries], default=0)
         if ahead:
             entries = self._with_coming(entries, ahead, holding, layout, ranking)
@@ -322,7 +326,7 @@ class RowMaker:
         if shape is None:
             shape = shapes[key] = self._shape(size, match, ranking.weights, {str(match.rank): usable * size})
         order = shape.by_score if ranking.by_score else shape.by_cached
-        return order, match.instance, shape, size, match, _Written()
+        return order + match.instance, match.instance, shape, size, match, _Written()
 
     def _merged(self, entries: Iterable[_Entry], ranking: Ranking) -> list[_Entry]:
         """One entry an instance: its best rank, with what each of its ranks matches."""
@@ -331,7 +335,7 @@ class RowMaker:
             of_instance.setdefault(entry[1], []).append(entry)
         merged = []
         for instance, several in of_instance.items():
-            entry = min(several, key=itemgetter(0))
+            entry = min(several, key=_ORDER)
             if len(several) > 1:
                 ranks: dict[str, int] = {}
                 for _, _, of_rank, _, its_match, _ in several:
@@ -358,7 +362,7 @@ class RowMaker:
             shape = self._shapes.get(key)
             if shape is None:
                 shape = self._shapes[key] = self._shape(size, _NO_MATCH, self._weights, {})
-            entry = known[instance] = (_LAST, instance, shape, 0, _NO_MATCH, _Written())
+            entry = known[instance] = (shape.by_cached + instance, instance, shape, 0, _NO_MATCH, _Written())
         return entry
 
     def _surround(
@@ -393,9 +397,9 @@ def _layout(form: Form, kinds: Iterable[type[msgspec.Struct]]) -> _Layout:
     return _Layout(Joiner(form, fields_of(kinds)), {}, {})
 
 
-def _order(first: int, second: int, third: int) -> int:
-    """Three numbers below 2**64 as one to sort by: more is better, by the first one before all, and less is first."""
-    return -(first << 128 | second << 64 | third)
+def _order(first: int, second: int, third: int) -> str:
+    """Three numbers below 2**64 as a string to sort by: more comes first, of the first one before all."""
+    return f"{_MOST - (first << 128 | second << 64 | third):048x}"
 
 
 def _value(worth: float) -> int:

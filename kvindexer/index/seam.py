@@ -41,7 +41,7 @@ class Change(NamedTuple):
     """The same of other sources: those that made room at a bound, and those that share hashes with this one."""
 
 
-class HolderMatch(msgspec.Struct, frozen=True, gc=False):
+class HolderMatch(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """How long a prefix one rank of an instance holds; all depths in blocks."""
 
     instance: str
