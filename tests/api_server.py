@@ -1,4 +1,4 @@
-"""A real server on a real socket for the HTTP tests, with the real index and a fleet that only remembers."""
+"""The service's own listener on a real socket for HTTP tests, with the real index and a fleet that only remembers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 import msgpack  # type: ignore[import-untyped]
-import uvicorn
 import uvloop
 from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_128_digest
@@ -23,6 +22,7 @@ from xxhash import xxh3_128_digest
 from kvindexer.access.opening import open_access
 from kvindexer.api.app import create_app
 from kvindexer.api.fleet import FindingFigures, InstanceStatus, SourceReport, StoreFigures, StoreProblem
+from kvindexer.api.listeners import Unsignalled, configured
 from kvindexer.api.metrics import Metrics
 from kvindexer.events.sources import Registry
 from kvindexer.index.engine import PyIndex
@@ -246,7 +246,7 @@ def serving(**settings: Any) -> Iterator[Api]:
     api.client = httpx.Client(
         base_url=f"http://127.0.0.1:{api.address[1]}", trust_env=False, timeout=30, verify=NO_CERTIFICATES
     )
-    host.app = api.app
+    host.serve(api)
     with api.client:
         yield api
         if host.loop is not None:
@@ -254,23 +254,22 @@ def serving(**settings: Any) -> Iterator[Api]:
 
 
 class _Host:
-    """Uvicorn on a real socket, in a thread that ends with the process: its start and stop cost more than a test."""
+    """A listener in a thread that ends with the process: its start and stop cost more than a test."""
 
     def __init__(self) -> None:
         self.app: ASGIApp
         self.loop: asyncio.AbstractEventLoop | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()
-        config = uvicorn.Config(
-            self,
-            http="httptools",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            timeout_keep_alive=600,  # else it hangs up just when httpx gives an idle connection up: after 5 s, both
-        )
-        serve = uvicorn.Server(config).serve(sockets=[self._listener])
+        self._config = configured(self, Settings())
+        self._config.timeout_keep_alive = 600  # else it hangs up just when httpx does: after 5 idle seconds, both
+        serve = Unsignalled(self._config).serve(sockets=[self._listener])
         threading.Thread(target=uvloop.run, args=(serve,), daemon=True).start()
+
+    def serve(self, api: Api) -> None:
+        """From the next connection on it is this service that answers, with the bounds of its settings."""
+        self.app = api.app
+        self._config.http_protocol_class = configured(self, api.settings).http_protocol_class
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.loop = asyncio.get_running_loop()

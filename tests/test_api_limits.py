@@ -68,6 +68,21 @@ def still_answers(api: Api) -> bool:
     return bool(api.post("/query", {"model": "m", "token_ids": [1]}) == {"default": {}})
 
 
+# Head
+
+
+def test_these_tests_reach_the_service_through_its_own_listener() -> None:
+    """Its bounds on heads, and its headers, are seen by all of them, as each one's settings say."""
+    with serving(receive_timeout_s=0.2) as api:
+        assert api.client.get("/health").headers["x-content-type-options"] == "nosniff"
+        with connected(api) as raw:
+            raw.sendall(head("/query", f"x: {'y' * 70_000}"))
+            assert answer(raw)[0] == 431
+        with connected(api) as raw:
+            raw.sendall(b"POST /query HTTP/1.1\r\n")
+            assert answer(raw)[0] == 408
+
+
 # Size
 
 

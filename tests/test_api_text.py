@@ -277,7 +277,7 @@ def test_scores_of_what_is_not_known_are_errors(api: Api) -> None:
         ({"m": "x"}, "tokenizers.m", "path or engines"),
         ({"m": {}}, "tokenizers.m", "either path or engines"),
         ({"m": {"path": "x", "engines": ["http://h"]}}, "tokenizers.m", "either path or engines"),
-        ({"m": {"path": "x", "colour": "red"}}, "tokenizers.m", "one of the fields"),
+        ({"m": {"path": "x", "colour": "red"}}, "tokenizers.m.colour", "a known field"),
         ({"m": {"path": 7}}, "tokenizers.m.path", "text"),
         ({"m": {"path": "x", "model": "y"}}, "tokenizers.m.model", "nothing"),
         ({"m": {"engines": ["http://h"], "chat_template": "x"}}, "tokenizers.m.chat_template", "nothing"),
