@@ -1,66 +1,60 @@
 """Finds silent divergence of Redis from memory.
 
 Evicted buckets, another program's writes, a bug: none of them moves a checkpoint.  So from time to time the replica
-whose turn a shard is compares digests, piece by piece.  What has changed since Redis' checkpoint differs rightly, and
-is looked at again by itself.
+whose turn a shard is compares it with memory, piece by piece.  What has changed since Redis' checkpoint differs
+rightly, and is looked at again by itself.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 from kvindexer.index.seam import Index
-from kvindexer.store.digest import Digest, digest_of
 from kvindexer.store.kept import KeptSource
 from kvindexer.store.layout import Meta, UnreadableError
 from kvindexer.store.server import ShardServer
 
-_SLICE: Final = 2_048
-
-
-class Verdict(NamedTuple):
-    """What a comparison found."""
-
-    memory: Digest
-    redis: Digest
-    differing: int
-    """Records that differ although nothing has changed them since Redis' checkpoint."""
+_BUCKETS: Final = 4
+"""Buckets that are compared at once: a few hundred records, less than a millisecond."""
+_HASHES: Final = 512
+"""Hashes that are sorted into buckets at once."""
 
 
 class Checker:
-    """Compares shards of one replica."""
+    """Compares shards of one replica.  `pause` waits for a moment in which queries have had their turn."""
 
-    def __init__(self, server: ShardServer, index: Index) -> None:
+    def __init__(self, server: ShardServer, index: Index, pause: Callable[[], Awaitable[None]]) -> None:
         self._server = server
         self._index = index
+        self._pause = pause
 
-    async def compare(self, kept: KeptSource) -> Verdict | None:
-        """Compare a shard that is not being written by us; None if it can't be told just now.  Raises StoreError."""
+    async def compare(self, kept: KeptSource) -> int | None:
+        """How many records of a shard that we don't write just now differ, although nothing has changed them since.
+
+        None if it can't be told at the moment.  Raises StoreError.
+        """
         life = kept.life
         meta = await self._comparable(kept)
         if meta is None:
             return None
         by_bucket = await self._by_bucket(kept, meta.buckets)
-        memory = redis = Digest()
         suspects: list[int] = []
-        async for numbers, hashes, records in self._server.buckets(kept.tag, meta):
+        async for numbers, hashes, records in self._server.buckets(kept.tag, meta, _BUCKETS):
+            await self._pause()
             if kept.dropped or kept.life != life:
                 return None
             ours = [block_hash for number in numbers for block_hash in by_bucket.pop(number, ())]
-            held = self._index.records(kept.source, ours)
-            found = digest_of(zip(hashes, records, strict=True))
-            expected = digest_of(zip(ours, held, strict=True))
-            memory, redis = memory + expected, redis + found
+            found = dict(zip(hashes, records, strict=True))
+            expected = dict(zip(ours, self._index.records(kept.source, ours), strict=True))
             if found != expected:
-                suspects += _differences(dict(zip(hashes, records, strict=True)), dict(zip(ours, held, strict=True)))
+                suspects += _differences(found, expected)
         if suspects:
             confirmed = await self._confirm(kept, suspects)
             if confirmed is None or kept.life != life:
                 return None
             suspects = confirmed
-        return Verdict(memory, redis, len(suspects))
+        return len(suspects)
 
     async def _comparable(self, kept: KeptSource) -> Meta | None:
         """The shard's meta, if it is of our life and not ahead of what we know."""
@@ -75,10 +69,10 @@ class Checker:
         """Memory's hashes by bucket, in slices."""
         by_bucket: dict[int, list[int]] = {}
         hashes = self._index.hashes(kept.source)
-        for start in range(0, len(hashes), _SLICE):
-            for block_hash in hashes[start : start + _SLICE]:
+        for start in range(0, len(hashes), _HASHES):
+            for block_hash in hashes[start : start + _HASHES]:
                 by_bucket.setdefault(block_hash & (buckets - 1), []).append(block_hash)
-            await asyncio.sleep(0)
+            await self._pause()
         return by_bucket
 
     async def _confirm(self, kept: KeptSource, suspects: Sequence[int]) -> list[int] | None:

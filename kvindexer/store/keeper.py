@@ -48,6 +48,8 @@ _STALE_STAGE_S: Final = 60
 """After so many seconds nobody is going on with what was staged."""
 _JOBS: Final = 4
 """Shards that are written or loaded at once."""
+_AT_A_TIME: Final = 16
+"""Shards that are looked at between two turns of queries."""
 _SOON_S: Final = 3600.0
 """At the end nothing waits for more to come."""
 _WRITE_PAUSE_S: Final = 0.02
@@ -94,7 +96,7 @@ class RedisKeeper:
         """See `Keeper.running`."""
         self._fleet = fleet
         self._writing = Writing(self._server, fleet.index, self.replica)
-        self._checker = Checker(self._server, fleet.index)
+        self._checker = Checker(self._server, fleet.index, self._writing.slice)
         known = await self._first_beat()
         loops = [
             self._spawn(loop(), name)
@@ -385,7 +387,10 @@ class RedisKeeper:
         """See what Redis holds of each source, and give back what nobody needs."""
         followed = [kept for kept in self._kept.values() if not kept.busy]
         read_at = time.monotonic()
-        for kept, found in zip(followed, await self._server.read([kept.tag for kept in followed]), strict=True):
+        answers = await self._server.read([kept.tag for kept in followed])
+        for looked_at, (kept, found) in enumerate(zip(followed, answers, strict=True)):
+            if looked_at % _AT_A_TIME == _AT_A_TIME - 1:
+                await self._writing.slice()
             if kept.dropped or kept.busy:
                 continue
             if isinstance(found, UnreadableError):
@@ -443,13 +448,15 @@ class RedisKeeper:
                 pass
             self._wake.clear()
             if self._reachable:
-                self._decide()
+                await self._decide()
 
-    def _decide(self) -> None:
+    async def _decide(self) -> None:
         now, interval_s = time.monotonic(), self._interval_s()
-        for kept in list(self._kept.values()):
+        for looked_at, kept in enumerate(list(self._kept.values())):
+            if looked_at % _AT_A_TIME == _AT_A_TIME - 1:
+                await self._writing.slice()
             kept.shard.flush_interval_s = interval_s
-            if kept.busy or not kept.dialled:
+            if kept.busy or kept.dropped or not kept.dialled:
                 continue
             step = kept.shard.decide(now)
             if kept.shard.epoch is not None:
@@ -539,7 +546,7 @@ class RedisKeeper:
     async def _check(self, kept: KeptSource) -> None:
         kept.busy = True
         try:
-            verdict = await self._checker.compare(kept)
+            differing = await self._checker.compare(kept)
         except StoreError as error:
             self._trouble(kept.source, error)
             if error.reason == "wrong_type":
@@ -547,9 +554,9 @@ class RedisKeeper:
             return
         finally:
             kept.busy = False
-        self.checks += verdict is not None
-        if verdict is not None and verdict.differing and not kept.dropped:
-            self._differs(kept, f"{verdict.differing} records differ")
+        self.checks += differing is not None
+        if differing and not kept.dropped:
+            self._differs(kept, f"{differing} records differ")
 
     def _differs(self, kept: KeptSource, why: str) -> None:
         self.divergences += 1

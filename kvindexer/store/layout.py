@@ -171,13 +171,32 @@ def overfull(entries: int, buckets: int) -> bool:
     return entries > BUCKET_ENTRIES * buckets and buckets < MAX_BUCKETS
 
 
+class Packing:
+    """Records on their way into one command, ordered by bucket, as the scripts read them (see lua/common.lua).
+
+    Of two records of a hash the one that was added later counts; an empty record takes one away.
+    """
+
+    def __init__(self, buckets: int) -> None:
+        self._mask = buckets - 1
+        self._by_bucket: dict[int, list[bytes]] = defaultdict(list)
+
+    def add(self, hashes: Sequence[int], records: Sequence[bytes]) -> None:
+        """Some more."""
+        by_bucket, mask, pack_head = self._by_bucket, self._mask, _RECORD_HEAD.pack
+        for block_hash, record in zip(hashes, records, strict=True):
+            by_bucket[block_hash & mask].append(pack_head(block_hash, len(record)) + record)
+
+    def packed(self) -> bytes:
+        """All of it."""
+        return b"".join(_bucket_pieces(self._by_bucket))
+
+
 def pack_records(hashes: Sequence[int], records: Sequence[bytes], buckets: int) -> bytes:
-    """Records, ordered by bucket, as the scripts read them (see lua/common.lua); an empty record takes one away."""
-    mask = buckets - 1
-    by_bucket: dict[int, list[bytes]] = defaultdict(list)
-    for block_hash, record in zip(hashes, records, strict=True):
-        by_bucket[block_hash & mask].append(_RECORD_HEAD.pack(block_hash, len(record)) + record)
-    return b"".join(_bucket_pieces(by_bucket))
+    """Pack records that are at hand all at once."""
+    packing = Packing(buckets)
+    packing.add(hashes, records)
+    return packing.packed()
 
 
 def _bucket_pieces(by_bucket: Mapping[int, list[bytes]]) -> Iterable[bytes]:

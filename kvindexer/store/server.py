@@ -29,10 +29,12 @@ from kvindexer.store.layout import (
 )
 
 _READ_BUCKETS: Final = 32
-"""Buckets a round trip: some 2,000 records, which are loaded in a few milliseconds."""
+"""Buckets a round trip: some 2,000 records."""
 _SWEEP_BUCKETS: Final = 512
 _HASH_BYTES: Final = 8
 _METAS: Final = 256
+_METAS_IN_PASSING: Final = 32
+"""Of which a reply is understood in less than a millisecond: replicas ask for all of them all the time."""
 _STEPS: Final = 3
 """Timeouts that one call may take: a new connection needs several answers."""
 _HOLD_MS: Final = 5_000
@@ -92,8 +94,8 @@ class ShardServer:
     async def read(self, tags: Sequence[str]) -> list[Found | UnreadableError]:
         """The meta hashes of these shards; an error in the place of one that can't be understood."""
         found: list[Found | UnreadableError] = []
-        for start in range(0, len(tags), _METAS):
-            keys = [self.names.meta(tag) for tag in tags[start : start + _METAS]]
+        for start in range(0, len(tags), _METAS_IN_PASSING):
+            keys = [self.names.meta(tag) for tag in tags[start : start + _METAS_IN_PASSING]]
             for answer in await self._hashes(keys):
                 try:
                     found.append(read_meta(answer) if isinstance(answer, Mapping) else _foreign(answer))
@@ -101,23 +103,28 @@ class ShardServer:
                     found.append(error)
         return found
 
-    async def buckets(self, tag: str, meta: Meta) -> AsyncIterator[tuple[range, list[int], list[bytes]]]:
-        """All records of a shard: numbers of buckets, hashes and their records, some 2,000 at a time.
+    async def buckets(
+        self, tag: str, meta: Meta, at_once: int = _READ_BUCKETS
+    ) -> AsyncIterator[tuple[range, list[int], list[bytes]]]:
+        """All records of a shard: numbers of buckets, hashes and their records, so many buckets at a time.
 
         They are of one moment only if the meta hash is the same before and after.
         """
         for start in range(0, meta.buckets, _READ_BUCKETS):
-            numbers = range(start, min(start + _READ_BUCKETS, meta.buckets))
-            hashes: list[int] = []
-            records: list[bytes] = []
-            keys = [self.names.bucket(tag, meta.generation, n) for n in numbers]
-            for key, answer in zip(keys, await self._hashes(keys), strict=True):
-                if not isinstance(answer, Mapping):
-                    raise StoreError("wrong_type", f"{key}: {answer}", HINTS["wrong_type"])
-                ours = answer if set(map(len, answer)) <= {_HASH_BYTES} else _fields_of_ours(answer)
-                hashes += [int.from_bytes(field, "little") for field in ours]
-                records += ours.values()
-            yield numbers, hashes, records
+            asked = range(start, min(start + _READ_BUCKETS, meta.buckets))
+            keys = [self.names.bucket(tag, meta.generation, number) for number in asked]
+            answers = await self._hashes(keys)
+            for first in range(0, len(asked), at_once):
+                piece = slice(first, first + at_once)
+                hashes: list[int] = []
+                records: list[bytes] = []
+                for key, answer in zip(keys[piece], answers[piece], strict=True):
+                    if not isinstance(answer, Mapping):
+                        raise StoreError("wrong_type", f"{key}: {answer}", HINTS["wrong_type"])
+                    ours = answer if set(map(len, answer)) <= {_HASH_BYTES} else _fields_of_ours(answer)
+                    hashes += [int.from_bytes(field, "little") for field in ours]
+                    records += ours.values()
+                yield asked[piece], hashes, records
 
     async def records(self, tag: str, meta: Meta, hashes: Sequence[int]) -> list[bytes | None]:
         """The records of these hashes."""

@@ -225,8 +225,10 @@ class Shard:
     # What Redis says
 
     def read(self, found: Found, now: float) -> None:
-        """The meta hash, as it is now."""
+        """The meta hash, as it was at `now`; what was asked for before our last write is old news."""
         before = self.remote
+        if before is not None and now < self._remote_since:
+            return
         self.remote = found
         if before is None or _position(before) != _position(found):
             self._remote_since = now

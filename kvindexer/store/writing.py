@@ -24,6 +24,7 @@ from kvindexer.store.layout import (
     Coverage,
     Leftover,
     Meta,
+    Packing,
     UnreadableError,
     buckets_for,
     more_buckets,
@@ -86,15 +87,15 @@ class Writing:
         kept.collected, enough = set(), size
         while len(hashes) > enough:
             for begin in range(0, len(hashes), _COMMAND_PIECES * size):
-                together = hashes[begin : begin + _COMMAND_PIECES * size]
-                records: list[bytes] = []
-                for start in range(0, len(together), size):
-                    records += self._records(kept, together[start : start + size])
+                packing = Packing(buckets)
+                for start in range(begin, min(begin + _COMMAND_PIECES * size, len(hashes)), size):
+                    piece = hashes[start : start + size]
+                    packing.add(piece, self._records(kept, piece))
                     await self.slice()
                     count += 1
                     if kept.dropped or kept.life != life:
                         return
-                yield pack_records(together, records, buckets)
+                yield packing.packed()
                 await self.slice()
             hashes = sorted(kept.collected)
             if count >= most:
