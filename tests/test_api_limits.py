@@ -15,6 +15,7 @@ import msgpack  # type: ignore[import-untyped]
 import pytest
 
 from api_server import Api, error, serving, until
+from kvindexer.api.connection import MAX_HEAD_BYTES
 from kvindexer.types import Keyspace
 
 HOT = ("/v1/match", "/v1/match/batch", "/v1/keys", "/query", "/query_by_hash")
@@ -76,7 +77,7 @@ def test_these_tests_reach_the_service_through_its_own_listener() -> None:
     with serving(receive_timeout_s=0.2) as api:
         assert api.client.get("/health").headers["x-content-type-options"] == "nosniff"
         with connected(api) as raw:
-            raw.sendall(head("/query", f"x: {'y' * 70_000}"))
+            raw.sendall(b"GET / HTTP/1.1\r\nx: ".ljust(MAX_HEAD_BYTES + 1, b"y"))
             assert answer(raw)[0] == 431
         with connected(api) as raw:
             raw.sendall(b"POST /query HTTP/1.1\r\n")
