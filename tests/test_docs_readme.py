@@ -1,6 +1,6 @@
 """README.md: the curl lines work in the order of the page, and answer what the page says where it says so.
 
-And of every page: what is shown to be sent can be pasted.
+And of every page: what is shown to be sent can be pasted, what is to be typed can be said, links lead to headings.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from api_server import Api, serving
+from kvindexer.cli import parser
 from kvindexer.settings import Settings
 from tokenizing import make_tokenizer
 
@@ -118,3 +119,49 @@ def test_what_a_page_shows_can_be_pasted(page: Path) -> None:
 )
 def test_a_line_that_cannot_be_pasted_is_found(line: str) -> None:
     assert unusable(f"words\n\n{line}\n")
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The words behind `kvindexer`, wherever a line of a block calls it."""
+    text = re.sub(r"\\\n\s*", " ", "".join(fenced(page, "", "sh", "bash", "console")))
+    called = re.findall(r"(?:^|[|;(] *|until |if )(?:\w+=\S+ )*kvindexer (.*)", text, re.MULTILINE)
+    ends = re.compile(r" (?:\||\|\||&&|&|2?>)(?: |$)")
+    return [shlex.split(ends.split(line, maxsplit=1)[0], comments=True) for line in called]
+
+
+def test_every_command_line_of_a_page_can_be_said() -> None:
+    """Its commands and flags are those of this version; --version and --help say something and end."""
+    said = [(page, words) for page in PAGES for words in commands_of(page.read_text(encoding="utf-8"))]
+    assert len(said) > 40
+    assert [f"{page.name}: kvindexer {shlex.join(words)}" for page, words in said if not sayable(words)] == []
+    assert commands_of("```\nuntil kvindexer serve --prot 1 | cat\n```\n") == [["serve", "--prot", "1"]]
+    assert not sayable(["serve", "--prot", "1"])
+
+
+def sayable(words: list[str]) -> bool:
+    try:
+        parser().parse_args(words)
+    except SystemExit as end:
+        return end.code == 0
+    return True
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that a page has, as forges make them of its headings."""
+    outside = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    plain = [
+        re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line) for line in re.findall(r"^#+ (.*)$", outside, re.MULTILINE)
+    ]
+    return {re.sub(r"[^\w\- ]", "", line.strip().lower()).replace(" ", "-") for line in plain}
+
+
+def test_links_lead_to_headings_that_there_are() -> None:
+    checked = 0
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+#[^)\s]+)\)", page.read_text(encoding="utf-8")):
+            file, _, heading = target.partition("#")
+            there = page.parent / file if file else page
+            if "://" not in target and there.suffix == ".md":
+                assert heading in headings(there), f"{page.name}: {target}"
+                checked += 1
+    assert checked > 20
