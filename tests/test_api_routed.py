@@ -295,8 +295,10 @@ def test_blocks_whose_event_has_come_are_what_the_index_says_and_nothing_else() 
             engine.run_request(PROMPT)
             engine.publisher.flush()
             await agrees(fleet, engine)
-            assert set(overlay.instances(space)["pod-a"]) == set(keys([7] * 8))
-            assert len(overlay.instances(space)["pod-b"]) == 10
+            runs = overlay.routings(space)
+            assert runs is not None
+            assert runs.waiting("pod-a") == set(keys([7] * 8))
+            assert len(runs.waiting("pod-b")) == 10
             assert overlay.confirmed == 10
 
         with_fleet(scenario)

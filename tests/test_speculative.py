@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvindexer.tiering.marks import EVERY, Marks
+from kvindexer.tiering.routings import Routing, Routings
 from kvindexer.tiering.speculative import Speculation
 from kvindexer.types import Keyspace
 
@@ -16,11 +17,22 @@ INSTANCES = ("a", "b")
 TRUNK = tuple(range(1, 9))
 
 
-def marked(marks: Marks | None, key: int) -> set[str]:
-    """Instances that prompts went to which begin with this block."""
-    if marks is None:
-        return set()
-    return {who for mask in marks.along([key]) for who, bit in marks.bits.items() if mask & bit}
+def waiting(runs: Routings | None, instance: str) -> set[int]:
+    """Blocks for which the instance waits."""
+    return set() if runs is None else runs.waiting(instance)
+
+
+def check(runs: Routings | None, named: set[int]) -> None:
+    """What is named is in one run, once; runs are as long as they say."""
+    by_key = {} if runs is None else runs._runs
+    assert by_key.keys() == named
+    lying = set(by_key.values())
+    assert Counter(key for run in lying for key in run.keys) == dict.fromkeys(named, 1)
+    assert all(by_key[key] is run for run in lying for key in run.keys)
+    for run in lying:
+        assert run.named
+        assert run.awaited.keys() <= run.named.keys()
+        assert (run.stop, run.last, run.mask) == (run.at + len(run.keys), run.keys[-1], sum(run.awaited))
 
 
 @dataclass
@@ -28,19 +40,22 @@ class Oracle:
     """Every routing with what is left of it; a block is there while any living routing names it."""
 
     routings: list[tuple[Keyspace, str, set[int], float]] = field(default_factory=list)
-    begun: list[tuple[Keyspace, int, str, float]] = field(default_factory=list)
-    """The first key of each routing."""
+    begun: list[tuple[Keyspace, set[int], float]] = field(default_factory=list)
+    """The keys of each routing, whatever is left of it."""
 
     def route(self, space: Keyspace, instance: str, keys: list[int], ends_at: float) -> None:
         self.routings.append((space, instance, set(keys), ends_at))
-        self.begun += [(space, key, instance, ends_at) for key in keys[:1]]
+        self.begun.append((space, set(keys), ends_at))
 
     def held(self, space: Keyspace, instance: str) -> set[int]:
         return set().union(*(keys for where, who, keys, _ in self.routings if (where, who) == (space, instance)))
 
+    def named(self, space: Keyspace) -> set[int]:
+        return set().union(*(keys for where, keys, _ in self.begun if where == space))
+
     def expire(self, now: float) -> None:
         self.routings = [routing for routing in self.routings if routing[3] > now]
-        self.begun = [begun for begun in self.begun if begun[3] > now]
+        self.begun = [begun for begun in self.begun if begun[2] > now]
 
     def confirm(self, space: Keyspace, instance: str, keys: set[int]) -> None:
         for where, who, left, _ in self.routings:
@@ -48,9 +63,14 @@ class Oracle:
                 left.difference_update(keys)
 
 
-PROMPTS = st.tuples(st.integers(0, 8), st.lists(st.integers(100, 104), max_size=3)).map(
+CHAINS = st.tuples(st.integers(0, 8), st.lists(st.integers(100, 104), max_size=3)).map(
     lambda parts: [*TRUNK[: parts[0]], *(10 * parts[0] + tail for tail in dict.fromkeys(parts[1]))]
 )
+"""Nearly: what comes behind the trunk may be in any order."""
+PROMPTS = (
+    CHAINS | st.tuples(CHAINS, st.integers(0, 5)).map(lambda of: of[0][of[1] :]) | CHAINS.flatmap(st.permutations)
+)
+"""As they are, without a beginning, in disorder."""
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("route"), st.sampled_from(SPACES), st.sampled_from(INSTANCES), PROMPTS, st.integers(1, 5)),
@@ -81,12 +101,9 @@ def test_after_any_sequence_the_overlay_is_what_a_count_of_references_would_be(
         oracle.expire(now)
         for where in SPACES:
             for who in INSTANCES:
-                assert set(overlay.instances(where).get(who, ())) == oracle.held(where, who)
+                assert waiting(overlay.routings(where), who) == oracle.held(where, who)
                 assert overlay.awaits(who) == any(oracle.held(each, who) for each in SPACES)
-            marks = overlay.marks(where)
-            for key in (TRUNK[0], *range(100, 105)):
-                begun = {who for place, first, who, _ in oracle.begun if (place, first) == (where, key)}
-                assert marked(marks, key) == begun
+            check(overlay.routings(where), oracle.named(where))
         assert overlay.alive or not any(keys for *_, keys, _ in oracle.routings)
     overlay.expire(now + 5)
     assert (overlay.alive, overlay.references, overlay.blocks) == (False, 0, 0)
@@ -106,7 +123,7 @@ def test_there_are_never_more_blocks_than_the_bound(
         if kind == "route":
             noted = overlay.add(space, instance, keys, now + number)
             assert noted == min(len(keys), bound)
-            assert set(keys[:noted]) <= set(overlay.instances(space).get(instance, ()))
+            assert set(keys[:noted]) <= waiting(overlay.routings(space), instance)
         assert overlay.blocks <= overlay.references <= bound
 
 
@@ -134,21 +151,39 @@ def test_a_prompt_routed_again_takes_no_more_room() -> None:
     assert not overlay.alive
 
 
-def test_marks_are_those_of_the_prompts_that_live_and_bits_are_given_anew() -> None:
-    marks, prompts = Marks(), {who: list(range(3 * EVERY)) for who in "abc"}
-    prompts["b"] = [*range(EVERY + 1), *range(1000, 1000 + EVERY)]
-    for who, keys in prompts.items():
-        marks.add(who, keys)
-    a, b, c = (marks.bits[who] for who in "abc")
-    assert marks.along(prompts["a"]) == [a | b | c, a | b | c, a | c]
-    assert marks.along(prompts["b"][:EVERY]) == [a | b | c]
-    marks.add("a", prompts["a"][:1])
-    marks.drop("a", prompts["a"])
-    assert marks.along(prompts["a"]) == [a | b | c, b | c, c]
-    marks.drop("a", prompts["a"][:1])
-    marks.add("d", prompts["a"])
-    assert marks.bits == {"b": b, "c": c, "d": a}
+def test_prompts_alike_share_runs_which_grow_together_again() -> None:
+    """Where one parted that is over, nothing is left of it when another one goes along."""
+    runs, trunk = Routings(), list(range(64))
+    long, parting = routing("a", trunk, 1.0), routing("b", [*trunk[:20], *range(100, 120)], 2.0)
+    runs.begin(long)
+    assert runs.along(trunk) == [(64, 1)]
+    runs.begin(parting)
+    assert runs.along(trunk) == [(20, 3), (64, 1)]
+    assert runs.along([*trunk[:20], 100, 999]) == [(20, 3), (21, 2)]
+    assert runs.along(trunk[:30]) == [(20, 3), (30, 1)]
+    assert runs.confirm("a", range(30, 40)) == 10
+    assert runs.along(trunk) == [(20, 3), (30, 1), (40, 0), (64, 1)]
+    assert runs.end(parting) == 40
+    runs.expect(long)
+    assert runs.along(trunk) == [(64, 1)]
+
+
+def test_bits_are_given_anew() -> None:
+    runs, routings = Routings(), {who: routing(who, [1, 2, 3], 1.0) for who in "abcd"}
+    for who in "abc":
+        runs.begin(routings[who])
+    a, b, c = (runs.bits[who] for who in "abc")
+    runs.end(routings["a"])
+    assert runs.along([1, 2]) == [(2, b | c)]
+    runs.begin(routings["d"])
+    assert runs.bits == {"b": b, "c": c, "d": a}
+    assert runs.names == {b: "b", c: "c", a: "d"}
     for who in "bcd":
-        marks.drop(who, prompts.get(who, prompts["a"]))
-    assert not marks
-    assert marks.along(prompts["a"]) == []
+        runs.end(routings[who])
+    assert not runs
+    assert runs.along([1, 2]) == []
+
+
+def routing(instance: str, keys: list[int], ends_at: float) -> Routing:
+    place = (SPACES[0], instance)
+    return Routing((place, keys[-1], len(keys), 0), place, keys, (ends_at, 0))

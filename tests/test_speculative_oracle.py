@@ -1,7 +1,7 @@
-"""What long prompts will be held of soon, against a naive oracle: index, overlay and marks together.
+"""What long prompts will be held of soon, against a naive oracle: index and overlay together.
 
 The fleet has what makes a difference: ranks, a tier below the GPU, cache groups, an instance that holds nothing.
-Prompts have up to a hundred blocks and part from each other where marks are, just before and just behind.  They are
+Prompts have up to a hundred blocks; they part and end at a few places, just before and just behind.  They are
 routed, routed again, computed in order and out of order, forgotten in the middle, lost without an event.
 
 The oracle keeps a list of blocks for every routing and a set for every place, and walks block by block: an instance
@@ -26,7 +26,6 @@ from kvindexer.api.lookahead import Lookahead
 from kvindexer.api.lookup import find
 from kvindexer.api.prompt import KeyPrompt
 from kvindexer.index.engine import PyIndex
-from kvindexer.tiering.marks import EVERY
 from kvindexer.tiering.speculative import Speculation
 from kvindexer.tokenization.blocks import pack_tokens, prompt_keys
 from kvindexer.types import Keyspace, SourceSpec
@@ -34,6 +33,8 @@ from kvindexer.types import Keyspace, SourceSpec
 SIZE = 2
 SPACE = Keyspace("default", "m", "", SIZE)
 LONGEST = 100
+MARK = 16
+"""Things begin and end at multiples of it, and one before and behind."""
 INSTANCES = ("plain", "ranked", "hybrid", "empty")
 GROUPS: dict[str, tuple[dict[str, Any], ...]] = {
     "hybrid": (
@@ -207,20 +208,26 @@ class World:
         assert ahead is None or ahead
         self.speculation.expire(self.now)
         assert self.speculation.references == self.oracle.named <= self.oracle.bound
-        self._check_marks(keys)
+        self._check_runs(keys)
 
-    def _check_marks(self, keys: list[int]) -> None:
-        """Those of living routings and no others, torn for nobody else, bits for each by itself."""
-        marks, marked = self.speculation.marks(SPACE), keys[::EVERY]
-        going = [{whose for whose, routed in self.oracle.routings if key in routed[::EVERY]} for key in marked]
-        if marks is None:
+    def _check_runs(self, keys: list[int]) -> None:
+        """What living routings name and no more, who waits for it, bits for each by itself."""
+        runs = self.speculation.routings(SPACE)
+        if runs is None:
             assert not self.oracle.routings
             return
-        assert marks.bits.keys() == {whose for whose, _ in self.oracle.routings}
-        assert sorted(marks.bits.values()) == sorted({1 << bit.bit_length() - 1 for bit in marks.bits.values()})
-        masks = [sum(marks.bits[whose] for whose in each) for each in going]
-        assert marks.along(keys) == masks[: masks.index(0) if 0 in masks else None]
-        assert not any(torn & ~mask for torn, mask in zip(marks.torn(keys), masks, strict=False))
+        living = self.oracle.routings.items()
+        assert runs.bits.keys() == {whose for (whose, _), _ in living}
+        assert sorted(runs.bits.values()) == sorted({1 << bit.bit_length() - 1 for bit in runs.bits.values()})
+        assert runs.names == {bit: whose for whose, bit in runs.bits.items()}
+        named = [any(key in routed for _, routed in self.oracle.routings) for key in keys]
+        waiting = [
+            sum({runs.bits[whose] for (whose, _), routing in living if key in routing.awaited}) for key in keys
+        ]
+        told: list[int] = []
+        for stop, mask in runs.along(keys):
+            told += [mask] * (stop - len(told))
+        assert told == waiting[: named.index(False) if False in named else None]
 
 
 def _stored(prompt: Blocks, start: int, end: int, fields: dict[str, Any]) -> dict[str, Any]:
@@ -246,13 +253,13 @@ def _removed(keys: list[int], fields: dict[str, Any]) -> dict[str, Any]:
     return {"type": "BlockRemoved", "block_hashes": keys, "medium": "GPU", "group_idx": 0, **place}
 
 
-# Around marks
+# Where things end
 
-EDGES = (0, 1, EVERY - 1, EVERY, EVERY + 1, 2 * EVERY, 3 * EVERY - 1, 3 * EVERY)
+EDGES = (0, 1, MARK - 1, MARK, MARK + 1, 2 * MARK, 3 * MARK - 1, 3 * MARK)
 
 
-@pytest.mark.parametrize("others", [0, 3 * EVERY - 2, LONGEST])
-def test_held_heard_and_routed_end_around_marks_in_every_combination(others: int) -> None:
+@pytest.mark.parametrize("others", [0, 3 * MARK - 2, LONGEST])
+def test_held_heard_and_routed_end_at_few_places_in_every_combination(others: int) -> None:
     """An instance holds something, is routed more, events speak of a part or of none; another was routed, too."""
     world = World([Blocks((0,) * LONGEST)], 10_000)
     names = world.prompts[0].names
@@ -266,7 +273,7 @@ def test_held_heard_and_routed_end_around_marks_in_every_combination(others: int
                 world.route(Blocks(names[:length]), instance, 1)
         if heard < until:
             world.event(spoken, where[1], heard, stores=True, heard=True)
-        for length in (routed, routed + 1, 3 * EVERY, LONGEST):
+        for length in (routed, routed + 1, 3 * MARK, LONGEST):
             if length:
                 world.check(Blocks(names[:length]), None)
         if held:
@@ -303,9 +310,9 @@ def test_a_rank_that_gets_as_far_as_another_one_is_gets_no_further() -> None:
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 DEPTHS = st.one_of(
     st.integers(0, LONGEST),
-    st.builds(lambda mark, by: max(mark * EVERY + by, 0), st.integers(0, LONGEST // EVERY), st.integers(-1, 1)),
+    st.builds(lambda mark, by: max(mark * MARK + by, 0), st.integers(0, LONGEST // MARK), st.integers(-1, 1)),
 )
-"""Where blocks begin and end: anywhere, and around marks."""
+"""Where blocks begin and end: anywhere, and around few places."""
 
 
 @st.composite
@@ -314,7 +321,7 @@ def families(draw: st.DrawFn) -> list[Blocks]:
     prompts: list[Blocks] = []
     for number in range(draw(st.integers(1, 3))):
         shared = draw(st.sampled_from(prompts)).names[: draw(DEPTHS)] if prompts else ()
-        length = draw(st.sampled_from((LONGEST, 3 * EVERY, 3 * EVERY + 1))) if draw(st.booleans()) else draw(DEPTHS)
+        length = draw(st.sampled_from((LONGEST, 3 * MARK, 3 * MARK + 1))) if draw(st.booleans()) else draw(DEPTHS)
         prompts.append(Blocks(shared + (number,) * max(length - len(shared), 1)))
     return prompts
 
@@ -355,7 +362,7 @@ def live(data: st.DataObject, steps: int) -> None:
     world.now += 10
     world.check(world.prompts[0], None)
     assert (world.speculation.alive, world.speculation.references, world.speculation.blocks) == (False, 0, 0)
-    assert world.speculation.marks(SPACE) is None
+    assert world.speculation.routings(SPACE) is None
 
 
 def _an_event(draw: Draw, world: World) -> None:
