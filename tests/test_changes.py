@@ -17,8 +17,10 @@ from api_server import FakeLife
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.records import read
 from kvindexer.index.seam import IndexLimits
-from kvindexer.tiering.changes import PIECE, Blocks, ChangeLog, Follower, Gone, Reset, TooSlowError
+from kvindexer.tiering.changes import ChangeLog
+from kvindexer.tiering.follower import PIECE, Follower
 from kvindexer.tiering.position import MAX_TEXT, Mark, Position, read_position, written
+from kvindexer.tiering.told import Blocks, Gone, Reset, TooSlowError
 from kvindexer.types import SourceSpec
 from oracle import Prompt, cleared, payload, placeholder, removed, stored
 

@@ -31,8 +31,9 @@ from kvindexer.errors import RequestError
 from kvindexer.index.seam import Index
 from kvindexer.index.topology import is_store
 from kvindexer.settings import Settings
-from kvindexer.tiering.changes import Blocks, Follower, Gone, Reset, Told, TooSlowError
+from kvindexer.tiering.follower import Follower
 from kvindexer.tiering.position import Position, read_position, written
+from kvindexer.tiering.told import Blocks, Gone, Reset, Told, TooSlowError
 from kvindexer.types import SourceSpec
 
 POSITION_EVERY_S: Final = 0.25
