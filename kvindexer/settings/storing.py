@@ -54,7 +54,7 @@ class Storing(BaseModel):
     )
     store_check_interval_s: Seconds = Field(
         default=60.0,
-        description="Seconds between comparisons of each source's digest in memory and in the store, and between "
+        description="Seconds between comparisons of each source's records in memory and in the store, and between "
         "looks at the server's own condition.",
     )
     store_pending_max_bytes: Bytes = Field(

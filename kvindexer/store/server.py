@@ -29,7 +29,7 @@ from kvindexer.store.layout import (
 )
 
 _READ_BUCKETS: Final = 32
-"""Buckets a round trip: some 2,000 records."""
+"""Buckets a round trip, at most: some 2,000 records."""
 _SWEEP_BUCKETS: Final = 512
 _HASH_BYTES: Final = 8
 _METAS: Final = 256
@@ -110,8 +110,9 @@ class ShardServer:
 
         They are of one moment only if the meta hash is the same before and after.
         """
-        for start in range(0, meta.buckets, _READ_BUCKETS):
-            asked = range(start, min(start + _READ_BUCKETS, meta.buckets))
+        a_trip = min(2 * at_once, _READ_BUCKETS)
+        for start in range(0, meta.buckets, a_trip):
+            asked = range(start, min(start + a_trip, meta.buckets))
             keys = [self.names.bucket(tag, meta.generation, number) for number in asked]
             answers = await self._hashes(keys)
             for first in range(0, len(asked), at_once):

@@ -85,6 +85,7 @@ class Writing:
         """
         life, size, count = kept.life, self._piece_records, 0
         kept.collected, enough = set(), size
+        await self.slice()  # finding out what has changed was a piece of work itself
         while len(hashes) > enough:
             for begin in range(0, len(hashes), _COMMAND_PIECES * size):
                 packing = Packing(buckets)
