@@ -18,6 +18,7 @@ CORE = (
     "errors",
     "events/wire",
     "events/stream",
+    "events/flags",
     "events/held",
     "events/states",
     "tokenization/blocks",

@@ -34,10 +34,13 @@ from typing import Final
 
 from xxhash import xxh3_128_digest
 
+from kvindexer.events.flags import Flags
 from kvindexer.events.held import HeldFrames
 from kvindexer.events.states import TRANSITIONS, Action, Apply, Ask, Drop, Purpose, Signal, State, Withdraw
 from kvindexer.types import Epoch, Seq
 
+_ALL: Final = 2
+"""`Flags.level` of a life of which nothing is missing."""
 _RECENT_DIGESTS: Final = 256
 _MOST_PARTS: Final = 8
 """A replay that keeps breaking off is asked for the rest at once so many times, while live frames wait behind it."""
@@ -97,20 +100,10 @@ class Stream:
         """Last sign of life: a frame, an answer, a connection."""
         self.event_at: float | None = None
         """Last live frame."""
-        self._sound = True
-        self._complete = False
-        self._lost_before = 0
-        """The message behind the newest loss of this life."""
-        self._holes = False
-        """Messages are missing that a replay from 0 might still bring."""
-        self._damaged = False
-        """A message of this life said something that could not be read or kept; no replay helps."""
-        self._uncertain = False
-        """Entries were kept that may be gone; no replay helps."""
+        self._flags = Flags()
+        """Of this life; `sound` and `complete` add what the connection says."""
         self._rebuilt: Epoch | None = None
         """The life that was rebuilt because its claims were found wrong; a second rebuild would be no better."""
-        self._doubted: tuple[int, bytes] | None = None
-        """A replay failed, and this is the newest message known to be of one life with those before; -1: none is."""
         self._connected = False
         self._connections = 0
         self._disconnected_since_last = False
@@ -132,18 +125,18 @@ class Stream:
     @property
     def sound(self) -> bool:
         """Nothing is claimed that may be gone."""
-        return self._sound and not (self._uncertain or self._in_question)
+        return self._flags.sound and not (self._flags.uncertain or self._in_question)
 
     @property
     def complete(self) -> bool:
         """Nothing that is held may be missing."""
-        return self._complete and not self._in_question
+        return self._flags.complete and not self._in_question
 
     @property
     def _in_question(self) -> bool:
         """Something is lost, or may be until a replay has proven the opposite."""
         cut_off = self._disconnected_since_last and (self._settings.replayable or not self._connected)
-        return self._damaged or self._doubted is not None or cut_off or self.gap_open
+        return self._flags.in_doubt or cut_off or self.gap_open
 
     @property
     def gap_open(self) -> bool:
@@ -162,14 +155,12 @@ class Stream:
 
     @property
     def coverage(self) -> tuple[int, int]:
-        """How much of this life was applied: level and first seq.
+        """How much of this life was applied: `Flags.level`, and the first seq that matters.
 
-        2: all of it, or all that matters; 1: all from a late join on; 0: something was lost.  A connection that is
-        down takes the flags off, but nothing from what was applied before.
+        A connection that is down takes the flags off, but nothing from what was applied before.
         """
-        if not self._sound or self._damaged or self._uncertain:
-            return 0, self._first
-        return (2, 0) if self._complete else (1, self._first)
+        level = self._flags.level
+        return level, 0 if level == _ALL else self._first
 
     @property
     def settled(self) -> bool:
@@ -200,9 +191,9 @@ class Stream:
         """
         level, self._first = coverage
         self.epoch, self.birth = epoch, birth
-        self._sound, self._complete = level > 0, level == 2  # noqa: PLR2004 - see `coverage`
-        if not level:  # what is missing may still be had
-            self._holes, self._ask_at = True, 0.0
+        self._flags.restored(level)
+        if not level:
+            self._ask_at = 0.0
         if next_seq:
             self.last_seq = next_seq - 1
             self._digests[self.last_seq] = digest
@@ -254,7 +245,7 @@ class Stream:
                 return self._hold(seq, payload, digest, now) + self._check()
             self._joined_or_lost(seq)
         elif self.last_seq is None:
-            self._complete = True
+            self._flags.complete = True
         self._move(Signal.SYNCED, self._why_live())
         return [self._apply(seq, payload, digest)]
 
@@ -264,12 +255,12 @@ class Stream:
 
     def _joined_or_lost(self, seq: int) -> None:
         """Messages before this one will not come any more."""
-        self._lost_before = seq
         if self.last_seq is None:
-            self._complete, self._holes = False, True
+            self._flags.joined(seq)
             self.why = f"joined at seq {seq}"
         else:
             self.unfilled += 1
+            self._flags.lost_before = seq
             self._flags_off(f"{seq - self.last_seq - 1} messages lost before seq {seq}")
 
     def replay_frame(self, seq: int, payload: bytes, now: float) -> list[Action]:
@@ -313,12 +304,11 @@ class Stream:
                 self._move(Signal.SYNCED, self._why_live())
             return actions
         self.verified_at = now
-        self._doubted = None
+        self._flags.doubted = None
         up_to_date = self._connected and replay.connection == self._connections
         self._disconnected_since_last = self._disconnected_since_last and not up_to_date
         if replay.purpose is not Purpose.CHECK:
-            self._sound, self._holes = True, False
-            self._complete = replay.from_zero or not replay.answered
+            self._flags.replayed(whole=replay.from_zero or not replay.answered)
         if self._connected and not up_to_date:
             return self._check()
         actions = self._drain(now)
@@ -334,11 +324,11 @@ class Stream:
         self._replay = None
         self.why = f"replay failed: {reason}"
         if replay.from_zero:
-            self._sound, self._complete, self._holes = True, True, False
+            self._flags.replayed(whole=True)
         proven = replay.answered and not replay.abandoned
-        if proven or self._doubted is None or self._doubted[0] < 0:
+        if proven or self._flags.doubted is None or self._flags.doubted[0] < 0:
             newest = self.last_seq
-            self._doubted = (-1, b"") if newest is None else (newest, self._digests[newest])
+            self._flags.doubted = (-1, b"") if newest is None else (newest, self._digests[newest])
         if replay.applied and self._parts < _MOST_PARTS:
             self._parts += 1
             return self._check()
@@ -395,7 +385,7 @@ class Stream:
             if now < self._ask_at:
                 return []
             self._ask_at = None
-            return self._ask(Purpose.REBUILD, 0) if self._holes and self.last_seq is not None else self._check()
+            return self._ask(Purpose.REBUILD, 0) if self._flags.holes and self.last_seq is not None else self._check()
         proof = max(self.verified_at or 0.0, self.event_at or 0.0)
         if self._connected and now - proof >= self._settings.probe_interval_s:
             return self._check()
@@ -403,12 +393,12 @@ class Stream:
 
     def damaged(self, why: str) -> None:
         """A payload could not be read, or entries were dropped: what it said is lost."""
-        self._damaged = True
+        self._flags.damaged = True
         self.why = why
 
     def uncertain(self, why: str) -> None:
         """Some entries may be gone, nothing is missing."""
-        self._uncertain = True
+        self._flags.uncertain = True
         self.why = why
 
     def found_wrong(self, why: str, now: float) -> None:
@@ -425,11 +415,9 @@ class Stream:
 
     def cleared(self, seq: int) -> None:
         """The engine's cache was empty at this message: whatever was lost before does not matter any more."""
-        if self.last_seq is None or not self._lost_before <= seq <= self.last_seq:
+        if self.last_seq is None or not self._flags.lost_before <= seq <= self.last_seq:
             return  # a list of actions is carried out after it was made: something was lost behind it, or all is over
-        self._sound = self._complete = True
-        self._holes = self._damaged = self._uncertain = False
-        self._doubted = None
+        self._flags.cleared()
         if self._replay is not None:
             self._replay.from_zero = True
         self.why = self._why_live()
@@ -448,13 +436,13 @@ class Stream:
         return self.why
 
     def _flags_off(self, why: str) -> None:
-        self._sound = self._complete = False
-        self._holes = True
+        self._flags.lost()
         self.why = why
 
     def _check(self) -> list[Action]:
-        if self._doubted is not None and self._doubted[0] >= 0:
-            return self._ask(Purpose.CHECK, *self._doubted)
+        doubted = self._flags.doubted
+        if doubted is not None and doubted[0] >= 0:
+            return self._ask(Purpose.CHECK, *doubted)
         if self.last_seq is None:
             return self._ask(Purpose.SYNC, 0)
         return self._ask(Purpose.CHECK, self.last_seq, self._digests[self.last_seq])
@@ -487,7 +475,7 @@ class Stream:
             case Purpose.SYNC:
                 bridge = self._bridge(seq)
                 replay.from_zero = self._expected == seq and (not seq or (bool(bridge) and bridge[0].seq == 0))
-                self._complete = False  # until the replay is through
+                self._flags.complete = False  # until the replay is through
                 if not replay.from_zero:
                     self.why = f"joined late: the replay buffer begins at seq {seq}"
                 return list(bridge)
@@ -495,14 +483,13 @@ class Stream:
                 return self._new_life("its first message is another one now") + self._ask(Purpose.SYNC, 0)
             case Purpose.REBUILD if seq == 0:
                 replay.from_zero = True
-                self.last_seq = self._doubted = None
-                self._lost_before = 0
+                self.last_seq = None
                 self._digests.clear()
-                self._sound = self._complete = self._damaged = self._uncertain = False
+                self._flags.rebuilding()
                 return [Withdraw("rebuild", everything=False)]
             case Purpose.REBUILD:
                 replay.abandoned = True
-                self._holes = False  # for good: nobody has what is missing
+                self._flags.holes = False  # for good: nobody has what is missing
             case Purpose.CHECK if seq != replay.start:
                 return self._begins_behind(replay, seq)
             case Purpose.CHECK if digest != replay.digest:
@@ -523,9 +510,8 @@ class Stream:
                 replay.abandoned = True
                 return []
         away = ", after a disconnect" if self._disconnected_since_last else ""
-        self._flags_off(f"the replay buffer begins behind the last message{away}")
-        self._holes = False
-        self._lost_before = seq
+        self._flags.lost_for_good(seq)
+        self.why = f"the replay buffer begins behind the last message{away}"
         self.gaps += 1
         self.unfilled += 1
         self.last_seq = max(seq - 1, self._expected - 1)
@@ -557,7 +543,7 @@ class Stream:
                 self._joined_or_lost(seq)
                 self._ask_at = now + self._retry_s
             elif self.last_seq is None:
-                self._complete = True
+                self._flags.complete = True
             actions.append(self._apply_held(seq))
         if self._overflowed and patient:
             self._overflowed = False
@@ -580,10 +566,9 @@ class Stream:
         self.birth = b""
         self._digests.clear()
         self._held.clear()
-        self._replay = self._ask_at = self._doubted = self._overtaken = None
-        self._parts = self._lost_before = 0
-        self._sound, self._complete = True, False
-        self._holes = self._damaged = self._uncertain = False
+        self._replay = self._ask_at = self._overtaken = None
+        self._parts = 0
+        self._flags = Flags()
         self._disconnected_since_last = not self._connected
 
     def _new_life(self, why: str) -> list[Action]:
