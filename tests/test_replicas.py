@@ -118,9 +118,9 @@ async def agreed(server: Server, engine: FakeEngine, *replicas: Replica, **setti
     for _ in range(5):
         for one in replicas:
             meta = await kept(server.url, one, spec, engine)
-        before = [(one.keeper.writes, one.keeper.refusals) for one in replicas]
+        before = [(one.keeper.jobs.writes, one.keeper.jobs.refusals) for one in replicas]
         await asyncio.sleep(QUIET_S)
-        if before == [(one.keeper.writes, one.keeper.refusals) for one in replicas]:
+        if before == [(one.keeper.jobs.writes, one.keeper.jobs.refusals) for one in replicas]:
             break
     else:
         raise AssertionError("the replicas never stop writing")
@@ -138,7 +138,7 @@ def epoch(one: Replica, engine: FakeEngine) -> int:
 
 def kept_source(one: Replica, engine: FakeEngine) -> Any:
     """What the keeper knows of the engine, looked at from inside."""
-    return one.keeper._kept[engine.endpoint]
+    return one.keeper.shelf.sources[engine.endpoint]
 
 
 def test_two_replicas_share_the_work(redis_server: Server) -> None:
@@ -148,7 +148,8 @@ def test_two_replicas_share_the_work(redis_server: Server) -> None:
         async with AsyncExitStack() as stack:
             engines = [stack.enter_context(small_engine()) for _ in range(8)]
             a, b = [await stack.enter_async_context(replica(redis_server.url, name)) for name in "ab"]
-            await until("they know each other", lambda: a.keeper._replicas == b.keeper._replicas == ("a", "b"))
+            await until("A knows B", lambda: a.keeper.shelf.replicas == ("a", "b"))
+            await until("B knows A", lambda: b.keeper.shelf.replicas == ("a", "b"))
             for number, engine in enumerate(engines):
                 (a, b)[number % 2].fleet.register(spec_of(engine, f"pod-{number}"))
             for engine in engines:
@@ -199,7 +200,7 @@ def test_trap_23_the_restart_that_b_proves_first(redis_server: Server) -> None:
                     return found.meta is not None and found.meta.checkpoint.epoch == before.checkpoint.epoch + 1
 
                 await eventually("B mints the next epoch", minted)
-                refused = await a.keeper._writing.flush(mine, late)
+                refused = await a.keeper.writing.flush(mine, late)
                 assert refused is Refusal.EPOCH
                 mine.busy = False
                 after = await agreed(redis_server, engine, a, b)
@@ -286,7 +287,7 @@ def test_trap_23_a_replica_that_is_cut_off_shows_it_and_writes_nothing(redis_ser
                         traffic(engine, 10, seed=1)
                         after = await agreed(redis_server, engine, a, b)
                         assert after.checkpoint.epoch == before.checkpoint.epoch + 1
-                        assert c.keeper.writes == 0
+                        assert c.keeper.jobs.writes == 0
                         assert not c.fleet.index.copies(spec.endpoint)
                         way.faults = WHOLE
                         await agreed(redis_server, engine, a, b, c)
@@ -312,7 +313,7 @@ def test_trap_23_joined_late_with_less_loads_the_better_covered_shard(redis_serv
                     await agreed(redis_server, engine, a, b)
                 async with linked(redis_server, "c") as (c, link):
                     link.faults = DOWN
-                    await until("C knows that Redis is out of reach", lambda: not c.keeper._reachable)
+                    await until("C knows that Redis is out of reach", lambda: not c.keeper.shelf.reachable)
                     await followed(engine, c, complete=False)
                     link.faults = WHOLE
                     await agreed(redis_server, engine, a, c)
@@ -458,7 +459,7 @@ def test_old_and_new_writers_at_once(redis_server: Server) -> None:
                 all_of_them = [await stack.enter_async_context(replica(redis_server.url, name)) for name in "abc"]
                 await followed(engine, *all_of_them)
                 for one in all_of_them:
-                    one.keeper._share_out = lambda: None  # type: ignore[method-assign]
+                    one.keeper.shelf.share_out = lambda: None  # type: ignore[method-assign]
                     kept_source(one, engine).shard.turn = 0
                 newest = 0
                 for seed in range(30):

@@ -378,7 +378,7 @@ def test_another_program_s_key_in_the_place_of_a_shard(
             assert words in problem.message
             assert "store_namespace" in problem.hint
             await answers(one, engine, 1)
-            assert one.keeper.writes == 0
+            assert one.keeper.jobs.writes == 0
             assert save(redis_server)[key.encode()] == before
             redis_server.ask("DEL", key)
             await kept(redis_server.url, one, spec, engine)
@@ -463,7 +463,7 @@ def test_what_is_damaged_in_redis_is_found_and_repaired(redis_server: Server, ha
             _, buckets = await bucket_keys(redis_server, spec)
             with raw(redis_server) as client:
                 damage(client, buckets[0], harm)
-            await until("it is found", lambda: one.keeper.divergences > 0)
+            await until("it is found", lambda: one.keeper.checks.divergences > 0)
             await eventually("it can be read", lambda: readable(redis_server, spec))
             await kept(redis_server.url, one, spec, engine)
             await well(one)

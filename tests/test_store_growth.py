@@ -65,7 +65,7 @@ def test_a_shard_grows_while_its_source_goes_on(redis_server: Server) -> None:
                 meta = await same(redis_server.url, one, spec, total)
                 assert meta.buckets > small
                 assert one.keeper.figures().records_written == total
-                assert one.keeper.divergences == 0
+                assert one.keeper.checks.divergences == 0
                 await until("given back", lambda: redis_server.ask("DBSIZE") <= meta.buckets + 3)
 
     asyncio.run(run())

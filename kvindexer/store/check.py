@@ -7,13 +7,22 @@ rightly, and is looked at again by itself.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
+from kvindexer.errors import StoreError
 from kvindexer.index.seam import Index
+from kvindexer.settings import Settings
 from kvindexer.store.kept import KeptSource
 from kvindexer.store.layout import Meta, UnreadableError
 from kvindexer.store.server import ShardServer
+from kvindexer.store.shelf import Shelf
+from kvindexer.store.troubles import Troubles
+
+_log = logging.getLogger(__name__)
 
 _BUCKETS: Final = 4
 """Buckets that are compared at once: a few hundred records, less than a millisecond."""
@@ -21,8 +30,67 @@ _HASHES: Final = 512
 """Hashes that are sorted into buckets at once."""
 
 
+class Checks:
+    """All shards of one replica that are its own to write, every `store_check_interval_s`."""
+
+    def __init__(
+        self, settings: Settings, server: ShardServer, shelf: Shelf, troubles: Troubles, checker: Checker
+    ) -> None:
+        self._interval_s = settings.store_check_interval_s
+        self._server = server
+        self._shelf = shelf
+        self._troubles = troubles
+        self._checker = checker
+        self.done = 0
+        self.divergences = 0
+
+    async def loop(self) -> None:
+        """Look at the server's own condition, then compare one source after the other, and so on."""
+        while True:
+            if self._shelf.reachable:
+                await self._examine()
+            await asyncio.sleep(self._interval_s)
+            for kept in list(self._shelf.sources.values()):
+                if (
+                    self._shelf.reachable
+                    and kept.dialled
+                    and not kept.dropped
+                    and not kept.busy
+                    and kept.shard.turn == 0
+                ):
+                    await self._check(kept)
+
+    async def _examine(self) -> None:
+        with suppress(StoreError):  # the beat says so as well, and for how long
+            self._troubles.server_is(await self._server.examine())
+
+    async def _check(self, kept: KeptSource) -> None:
+        kept.busy = True
+        try:
+            differing = await self._checker.compare(kept)
+        except StoreError as error:
+            self._troubles.begin(kept.source, error)
+            if error.reason == "wrong_type":
+                self._differs(kept, "a bucket is no hash")
+            return
+        except Exception:  # noqa: BLE001 - the next check is another try; it is logged
+            _log.exception("source %s could not be compared with the store", kept.source)
+            return
+        finally:
+            kept.busy = False
+        self.done += differing is not None
+        if differing and not kept.dropped:
+            self._differs(kept, f"{differing} records differ")
+
+    def _differs(self, kept: KeptSource, why: str) -> None:
+        self.divergences += 1
+        kept.shard.divergent = True
+        _log.warning("source %s: memory and store are not the same: %s", kept.source, why)
+        self._shelf.wake.set()
+
+
 class Checker:
-    """Compares shards of one replica.  `pause` waits for a moment in which queries have had their turn."""
+    """Compares shards with memory.  `pause` waits for a moment in which queries have had their turn."""
 
     def __init__(self, server: ShardServer, index: Index, pause: Callable[[], Awaitable[None]]) -> None:
         self._server = server
