@@ -3,8 +3,8 @@
     asked(k0 k1 k2) ──► budget left? ── no ──► counted by the next one of its keyspace, which weighs more
                             │ yes
                             ▼
-    weights   k0 ─► 7.0   k1 ─► 7.0   k2 ─► 3.0     a block's prefix is asked for whenever the block is,
-    above     k0 ─► root  k1 ─► k0    k2 ─► k1      so weights never grow along a prompt
+    runs      k0 k1 ─► 7.0 ─► k2 ─► 3.0             a block's prefix is asked for whenever the block is,
+                                                    so weights never grow along a prompt (`tiering.tree`)
 
 Old counts fade: after `half_life_s` they are worth half.  Weights are not touched for that; new ones grow instead
 (forward decay), and all are divided now and then.
@@ -16,7 +16,9 @@ Gries, in batches).  A block that comes later begins at the floor, so
 
 of the prompts that were looked at.  `error_per_minute` is the exact figure.  If more is asked than `blocks_per_s`,
 prompts are left out by chance of timing, and the next one that is counted stands for those before it: then estimates
-are right on average.  What that saves is most of the cost: a prompt that is left out costs a microsecond.
+are right on average.  A prompt that is left out costs a microsecond.  A run costs the budget `RUN_BLOCKS` at least,
+since it takes as long: so a second's budget takes about the same time whatever is asked
+(docs/decisions/0021-speculation-feedback-heat.md).
 
 Keys of blocks are all that is kept, never tokens.  Keyspaces (so tenants, too) have tables of their own, which share
 the bound evenly: none can push out another's counts.
@@ -24,30 +26,28 @@ the bound evenly: none can push out another's counts.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from heapq import nlargest
-from itertools import chain, islice, repeat
 from math import exp2, log
-from operator import add
 from random import Random
 from typing import Final, NamedTuple
 
+from kvindexer.tiering.tree import Runs
 from kvindexer.types import Keyspace
 
 MIN_SHARE: Final = 256
 """Fewest blocks of a table; if there are more keyspaces than fit, the one that was asked for longest ago goes."""
+RUN_BLOCKS: Final = 16
+"""So many blocks of the budget each run costs that a prompt goes through, at least."""
 PREFIX_ENDS: Final = 0.9
 """A shared prefix ends where no next block has that share of its heat."""
 
-_ROOT: Final = -1
 _MINUTE_S: Final = 60.0
 _MOST_GROWTH: Final = 2.0**30
 _TWICE: Final = 1.5
 """So many of the heaviest single counts is more than one."""
 _LONGEST_SHARE: Final = 4
 """Of one prompt at most this part of a table is counted."""
-_SAMPLE: Final = 1024
 _SAVED_S: Final = 0.25
 """Budget of quiet times that is kept for busy ones."""
 
@@ -106,16 +106,16 @@ class HeatCounts:
         share = self._max_blocks // len(self._tables)
         if len(keys) > share // _LONGEST_SHARE:
             keys = keys[: share // _LONGEST_SHARE]
-        self._budget = budget - len(keys)
-        self._wanted = min(self._dice.random() * len(keys), self._most_budget)
         self.counted += 1
         growth = self._growth(now)
         if growth > _MOST_GROWTH:
             for each in self._tables.values():
                 each.divide(growth)
             self._began_at, growth = now, 1.0
-        table.count(keys, growth)
-        if len(table.weights) > share:
+        cost = max(len(keys), RUN_BLOCKS * table.count(keys, growth))
+        self._budget = budget - cost
+        self._wanted = min(self._dice.random() * cost, self._most_budget)
+        if table.runs.blocks > share:
             table.shed(share)
 
     def heat(self, keyspace: Keyspace, key: int) -> float:
@@ -123,46 +123,38 @@ class HeatCounts:
         table = self._tables.get(keyspace)
         if table is None:
             return 0.0
-        return max(0.0, table.weights.get(key, table.floor) - table.floor) * self._a_minute(table, self._clock())
+        return (table.runs.weight(key) - table.runs.floor) * self._a_minute(table, self._clock())
 
     def error_per_minute(self, keyspace: Keyspace) -> float:
         """How much more a block may have been asked for than `heat` says, but for prompts that were left out."""
         table = self._tables.get(keyspace)
-        return 0.0 if table is None else table.floor * self._a_minute(table, self._clock())
+        return 0.0 if table is None else table.runs.floor * self._a_minute(table, self._clock())
 
     @property
     def blocks(self) -> int:
         """Blocks that have a count."""
-        return sum(len(table.weights) for table in self._tables.values())
+        return sum(table.runs.blocks for table in self._tables.values())
 
     def prefixes(self, keyspace: Keyspace, most: int) -> list[HotBlock]:
         """Shared prefixes, those first whose tokens are asked for most: how often, times how long."""
-        return self._best(keyspace, most, _Table.ends, by_length=True)
+        return self._best(keyspace, most, _Table.ends, lambda block: block.asked_per_minute * block.blocks)
 
     def hottest(self, keyspace: Keyspace, most: int) -> list[HotBlock]:
         """Blocks that are asked for most."""
-        return self._best(keyspace, most, _Table.shared, by_length=False)
+        return self._best(keyspace, most, _Table.shared, lambda block: block.asked_per_minute)
 
     def _best(
         self,
         keyspace: Keyspace,
         most: int,
-        choose: Callable[[_Table], Iterator[tuple[int, float]]],
-        *,
-        by_length: bool,
+        choose: Callable[[_Table, float], Iterator[HotBlock]],
+        worth: Callable[[HotBlock], float],
     ) -> list[HotBlock]:
         table = self._tables.get(keyspace)
         if table is None:
             return []
-        a_minute = self._a_minute(table, self._clock())
-        lengths: dict[int, int] = {}
-        chosen = (
-            (weight * (table.length(key, lengths) if by_length else 1), -key, weight) for key, weight in choose(table)
-        )
-        return [
-            HotBlock(-key, table.above.get(-key, _ROOT), table.length(-key, lengths), weight * a_minute)
-            for _, key, weight in nlargest(most, chosen)
-        ]
+        chosen = choose(table, self._a_minute(table, self._clock()))
+        return nlargest(most, chosen, key=lambda block: (worth(block), -block.key))
 
     def _open(self, keyspace: Keyspace, now: float) -> _Table:
         if len(self._tables) >= self._max_blocks // MIN_SHARE:
@@ -170,7 +162,7 @@ class HeatCounts:
         table = self._tables[keyspace] = _Table(now)
         share = self._max_blocks // len(self._tables)
         for each in self._tables.values():
-            if len(each.weights) > share:
+            if each.runs.blocks > share:
                 each.shed(share)
         return table
 
@@ -192,74 +184,50 @@ class HeatCounts:
 class _Table:
     """The counts of one keyspace."""
 
-    __slots__ = ("above", "asked_at", "born_at", "floor", "heaviest", "left_out", "weights")
+    __slots__ = ("asked_at", "born_at", "heaviest", "left_out", "runs")
 
     def __init__(self, now: float) -> None:
-        self.weights: dict[int, float] = {}
-        self.above: dict[int, int] = {}
-        self.floor = 0.0
-        """What a block begins with; the part of a weight that says nothing."""
+        self.runs = Runs()
         self.heaviest = 0.0
         """Most that one prompt has weighed."""
         self.left_out = 0
         """Prompts since the last one that was counted."""
         self.born_at = self.asked_at = now
 
-    def count(self, keys: Sequence[int], growth: float) -> None:
+    def count(self, keys: Sequence[int], growth: float) -> int:
+        """Count a prompt, and those that were left out before it; says how many runs that took."""
         weight = growth * (1 + self.left_out)
         self.left_out = 0
         self.heaviest = max(self.heaviest, weight)
-        weights = self.weights
-        # what is known of a prompt is a prefix of it (of keys that are no chain: perhaps not, which does no harm)
-        new = bisect_left(keys, 1, key=lambda key: int(key not in weights))
-        if new < len(keys):
-            self.above.update(zip(keys[new:], chain((keys[new - 1] if new else _ROOT,), keys[new:]), strict=False))
-        # loops in C: this is the hot path of counting
-        weights.update(zip(keys, map(add, map(weights.get, keys, repeat(self.floor)), repeat(weight)), strict=True))
+        return self.runs.count(keys, weight)
 
     def shed(self, share: int) -> None:
         """Drop the lighter half, and more if need be."""
         most = share - share // _LONGEST_SHARE  # so that the next prompts find room
-        while len(self.weights) > most:
-            values = self.weights.values()
-            sample = sorted(islice(values, 0, None, max(1, len(values) // _SAMPLE)))
-            floor = self.floor = sample[len(sample) // 2]
-            self.weights = {key: weight for key, weight in self.weights.items() if weight > floor}
-        above = self.above.get
-        self.above = {key: above(key, _ROOT) for key in self.weights}
+        while self.runs.blocks > most:
+            self.runs.lighten()
 
     def divide(self, growth: float) -> None:
         """Begin anew with small numbers."""
-        self.weights = {key: weight / growth for key, weight in self.weights.items()}
-        self.floor /= growth
+        self.runs.divide(growth)
         self.heaviest /= growth
 
-    def shared(self) -> Iterator[tuple[int, float]]:
-        """Blocks that were counted more than once, and what they weigh above the floor."""
-        floor, least = self.floor, self.floor + _TWICE * self.heaviest
-        return ((key, weight - floor) for key, weight in self.weights.items() if weight > least)
+    def shared(self, a_minute: float) -> Iterator[HotBlock]:
+        """Blocks that were counted more than once."""
+        floor, least = self.runs.floor, self.runs.floor + _TWICE * self.heaviest
+        for run, start, above in self.runs.all():
+            if run.weight > least:
+                asked, before = (run.weight - floor) * a_minute, above
+                for blocks, key in enumerate(run.keys, start + 1):
+                    yield HotBlock(key, before, blocks, asked)
+                    before = key
 
-    def ends(self) -> Iterator[tuple[int, float]]:
+    def ends(self, a_minute: float) -> Iterator[HotBlock]:
         """Those of them that end a shared prefix."""
-        followed: dict[int, float] = {}
-        for key, weight in self.weights.items():
-            above = self.above.get(key, _ROOT)
-            if weight > followed.get(above, self.floor):
-                followed[above] = weight
-        floor = self.floor
-        for key, weight in self.shared():
-            if followed.get(key, floor) - floor < PREFIX_ENDS * weight:
-                yield key, weight
-
-    def length(self, key: int, known: dict[int, int]) -> int:
-        """Blocks of the prefix that ends with this one; keys that are no chain end where they meet themselves."""
-        path: list[int] = []
-        while key in self.above and key not in known:
-            known[key] = 0
-            path.append(key)
-            key = self.above[key]
-        length = known.get(key, 0)
-        for below in reversed(path):
-            length += 1
-            known[below] = length
-        return known[path[0]] if path else length
+        floor, least = self.runs.floor, self.runs.floor + _TWICE * self.heaviest
+        for run, start, above in self.runs.all():
+            if run.weight > least:
+                followed = max((below.weight for below in run.below.values()), default=floor) - floor
+                if followed < PREFIX_ENDS * (run.weight - floor):
+                    before = run.keys[-2] if len(run.keys) > 1 else above
+                    yield HotBlock(run.keys[-1], before, start + len(run.keys), (run.weight - floor) * a_minute)
