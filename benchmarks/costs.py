@@ -8,7 +8,12 @@
     all              heat, reports, and prompts alike
 
 Each has engines of its own that publish the same.  Every answer is compared with the oracle, which knows what was
-routed; a ratio is that to `neither` in the same round, since times move with the machine.
+routed; a ratio is that to `neither` in the same round, since times move with the machine.  Rounds are short and many,
+and each begins with prompts that are not measured, since the others' turns have emptied the caches: so a noisy moment
+spoils few of them.
+
+The prompts are few and come again.  What is counted of them touches little memory, so heat is measured with prompts
+that have not been asked before, too: each leaves the others within the first half and goes on in its own way.
 """
 
 from __future__ import annotations
@@ -42,10 +47,16 @@ OWN_BLOCKS: Final = 64
 """At most so many blocks of a routed prompt are its own."""
 TTL_S: Final = 60.0
 AGAIN_S: Final = 30.0
-REPORTS: Final = 8
+REPORTS: Final = 3
+UNHEARD: Final = 540
+"""Prompts that are as good as new when their turn comes again: they are several times what heat has room for."""
 
 NEITHER, HEAT, REPORTED, ALL = "neither", "heat", "reports", "all"
 TRUNK, ALIKE = "routed, trunk", "routed, alike"
+NEITHER_NEW, HEAT_NEW = "neither, new prompts", "heat, new prompts"
+WITH_NEW: Final = {NEITHER: NEITHER_NEW, HEAT: HEAT_NEW}
+BASE: Final = {HEAT_NEW: NEITHER_NEW, NEITHER_NEW: NEITHER_NEW}
+"""What it is compared with, if that is not `neither`."""
 WITHOUT_HEAT: Final = (("KVINDEXER_HEAT_BLOCKS_PER_S", "1"),)
 ROUTED_CALL, FEEDBACK_CALL = "/v1/routed", "/v1/feedback"
 
@@ -54,11 +65,11 @@ ROUTED_CALL, FEEDBACK_CALL = "/v1/routed", "/v1/feedback"
 class CostEffort:
     """How long to measure."""
 
-    rounds: int = 15
-    requests: int = 300
+    rounds: int = 40
+    requests: int = 108
 
 
-QUICK: Final = CostEffort(rounds=3, requests=100)
+QUICK: Final = CostEffort(rounds=3, requests=54)
 
 
 @dataclass
@@ -73,7 +84,7 @@ class Costs:
     def ratio(self, of: str, kind: str = "cpu_us") -> float:
         """Median of the rounds' ratios to the service without any of it."""
         values: dict[str, list[float]] = getattr(self, kind)
-        return median(one / two for one, two in zip(values[of], values[NEITHER], strict=True))
+        return median(one / two for one, two in zip(values[of], values[BASE.get(of, NEITHER)], strict=True))
 
 
 class _Row(msgspec.Struct):
@@ -131,12 +142,15 @@ def run(contender: Contender, effort: CostEffort) -> Costs:
     kinds = dict.fromkeys((NEITHER, TRUNK, ALIKE, REPORTED), plain) | dict.fromkeys((HEAT, ALL), contender)
     with Arena(Scale(engines=ENGINES, entries=ENTRIES)) as arena, ExitStack() as stack:
         prompts, routed = _prompts(arena)
+        unheard = _unheard(arena)
         sides = [_Side(name, stack.enter_context(Running(kind, ENGINES))) for name, kind in kinds.items()]
         for side in sides:
             side.running.play(arena.initial, 0)
         reports = [_report(engine) for engine in range(ENGINES)] * REPORTS
         for turn in range(effort.rounds):
             print(f"[{time.strftime('%X')}] costs: round {turn + 1} of {effort.rounds}", file=sys.stderr)
+            asked = [prompts[i % len(prompts)] for i in range(effort.requests)]
+            new = [unheard[i % UNHEARD] for i in range(turn * effort.requests, (turn + 1) * effort.requests)]
             for side in turns(sides, turn):
                 with side.running.connect() as connection:
                     if side.routed and time.monotonic() - side.routed_at > AGAIN_S:
@@ -144,7 +158,11 @@ def run(contender: Contender, effort: CostEffort) -> Costs:
                         side.routed_at = time.monotonic()
                     if side.is_reported:
                         _tell(costs, side, connection, FEEDBACK_CALL, reports)
-                    _measure(costs, side, connection, prompts, effort.requests)
+                    for prompt in prompts:
+                        connection.ask(prompt.request)
+                    _measure(costs, side, side.name, connection, asked)
+                    if side.name in WITH_NEW:
+                        _measure(costs, side, WITH_NEW[side.name], connection, new)
     return costs
 
 
@@ -159,17 +177,15 @@ def _tell(costs: Costs, side: _Side, connection: Connection, route: str, request
     costs.cpu_us[route].append((side.running.service.worked_s() - cpu) / len(requests) * 1e6)
 
 
-def _measure(costs: Costs, side: _Side, connection: Connection, prompts: Sequence[_Prompt], count: int) -> None:
-    asked = [prompts[i % len(prompts)] for i in range(count)]
-    connection.ask(asked[0].request)
+def _measure(costs: Costs, side: _Side, name: str, connection: Connection, asked: Sequence[_Prompt]) -> None:
     cpu = side.running.service.worked_s()
     timed = [connection.timed(prompt.request) for prompt in asked]
     cpu = side.running.service.worked_s() - cpu
-    costs.cpu_us[side.name].append(cpu / count * 1e6)
-    costs.p50_ms[side.name].append(percentiles([took for took, _ in timed]).p50)
+    costs.cpu_us[name].append(cpu / len(asked) * 1e6)
+    costs.p50_ms[name].append(percentiles([took for took, _ in timed]).p50)
     kind = side.routed
     costs.right += sum(prompt.right(answer, kind) for prompt, (_, answer) in zip(asked, timed, strict=True))
-    costs.checked += count
+    costs.checked += len(asked)
 
 
 def _prompts(arena: Arena) -> tuple[list[_Prompt], dict[str, list[bytes]]]:
@@ -184,6 +200,19 @@ def _prompts(arena: Arena) -> tuple[list[_Prompt], dict[str, list[bytes]]]:
         ]
         for kind, those in routings.items()
     }
+
+
+def _unheard(arena: Arena) -> list[_Prompt]:
+    """Prompts that leave those that are asked for, each in its own way."""
+    rng, blocks = arena.workload.rng, arena.workload.blocks
+    queries = arena.workload.shared_queries()
+    made = []
+    for _ in range(UNHEARD):
+        path = rng.choice(queries).blocks
+        shared = rng.randint(1, len(path) // 2)
+        own = [*path[:shared], *blocks.grow(len(path) - shared)]
+        made.append(_prompt(arena, Query(own, arena.workload.answer(own)), {}))
+    return made
 
 
 def _routings(arena: Arena, queries: Sequence[Query], kind: str) -> list[tuple[int, list[int]]]:

@@ -50,10 +50,10 @@ ONE_BY_ONE: Final = ", one by one"
 class MatchEffort:
     """How long to measure."""
 
-    rounds: int = 9
-    requests: int = 200
-    long_requests: int = 60
-    batches: int = 12
+    rounds: int = 18
+    requests: int = 100
+    long_requests: int = 30
+    batches: int = 6
 
 
 QUICK: Final = MatchEffort(rounds=2, requests=60, long_requests=20, batches=2)
