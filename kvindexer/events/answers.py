@@ -68,7 +68,10 @@ class Answers:
         subscriber = self._subscriber()
         if subscriber is None or subscriber.busy:
             known = {}
-        return [known.get(instance) or self.status(instance) for instance in instances]
+        try:
+            return [known[instance] for instance in instances]  # nearly always all are kept
+        except KeyError:
+            return [known.get(instance) or self.status(instance) for instance in instances]
 
     def _status(self, sources: Sequence[Followed], now: float) -> InstanceStatus:
         if not sources:
