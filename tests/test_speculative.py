@@ -29,6 +29,7 @@ def check(runs: Routings | None, named: set[int]) -> None:
     lying = set(by_key.values())
     assert Counter(key for run in lying for key in run.keys) == dict.fromkeys(named, 1)
     assert all(by_key[key] is run for run in lying for key in run.keys)
+    assert {run.keys[0]: run for run in lying} == ({} if runs is None else runs._first)
     for run in lying:
         assert run.named
         assert run.awaited.keys() <= run.named.keys()
@@ -156,16 +157,16 @@ def test_prompts_alike_share_runs_which_grow_together_again() -> None:
     runs, trunk = Routings(), list(range(64))
     long, parting = routing("a", trunk, 1.0), routing("b", [*trunk[:20], *range(100, 120)], 2.0)
     runs.begin(long)
-    assert runs.along(trunk) == [(64, 1)]
+    assert runs.along(trunk) == ([64], [1])
     runs.begin(parting)
-    assert runs.along(trunk) == [(20, 3), (64, 1)]
-    assert runs.along([*trunk[:20], 100, 999]) == [(20, 3), (21, 2)]
-    assert runs.along(trunk[:30]) == [(20, 3), (30, 1)]
+    assert runs.along(trunk) == ([20, 64], [3, 1])
+    assert runs.along([*trunk[:20], 100, 999]) == ([20, 21], [3, 2])
+    assert runs.along(trunk[:30]) == ([20, 30], [3, 1])
     assert runs.confirm("a", range(30, 40)) == 10
-    assert runs.along(trunk) == [(20, 3), (30, 1), (40, 0), (64, 1)]
+    assert runs.along(trunk) == ([20, 30, 40, 64], [3, 1, 0, 1])
     assert runs.end(parting) == 40
     runs.expect(long)
-    assert runs.along(trunk) == [(64, 1)]
+    assert runs.along(trunk) == ([64], [1])
 
 
 def test_bits_are_given_anew() -> None:
@@ -174,14 +175,14 @@ def test_bits_are_given_anew() -> None:
         runs.begin(routings[who])
     a, b, c = (runs.bits[who] for who in "abc")
     runs.end(routings["a"])
-    assert runs.along([1, 2]) == [(2, b | c)]
+    assert runs.along([1, 2]) == ([2], [b | c])
     runs.begin(routings["d"])
     assert runs.bits == {"b": b, "c": c, "d": a}
     assert runs.names == {b: "b", c: "c", a: "d"}
     for who in "bcd":
         runs.end(routings[who])
     assert not runs
-    assert runs.along([1, 2]) == []
+    assert runs.along([1, 2]) == ([], [])
 
 
 def routing(instance: str, keys: list[int], ends_at: float) -> Routing:

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from api_server import batch
-from kvindexer.api.lookahead import Lookahead
+from kvindexer.api.lookahead import Ahead, Lookahead
 from kvindexer.api.lookup import find
 from kvindexer.api.prompt import KeyPrompt
 from kvindexer.index.engine import PyIndex
@@ -225,7 +225,7 @@ class World:
             sum({runs.bits[whose] for (whose, _), routing in living if key in routing.awaited}) for key in keys
         ]
         told: list[int] = []
-        for stop, mask in runs.along(keys):
+        for stop, mask in zip(*runs.along(keys), strict=True):
             told += [mask] * (stop - len(told))
         assert told == waiting[: named.index(False) if False in named else None]
 
@@ -290,7 +290,7 @@ def test_what_is_behind_a_hole_does_not_count() -> None:
     world.route(prompt, "ranked", 1)
     world.event(middle, Place("ranked", 1, 0, "GPU"), 40, stores=True, heard=True)
     found = find(world.index, [SPACE], KeyPrompt(prompt.keys), None)
-    assert world.lookahead.ahead(found, KeyPrompt(prompt.keys), None) == {"ranked": (40 * SIZE, SIZE)}
+    assert world.lookahead.ahead(found, KeyPrompt(prompt.keys), None) == {"ranked": Ahead(40 * SIZE, SIZE)}
 
 
 def test_a_rank_that_gets_as_far_as_another_one_is_gets_no_further() -> None:

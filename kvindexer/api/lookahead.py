@@ -14,21 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import pairwise
 from time import monotonic
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from kvindexer.api.lookup import Found
 from kvindexer.api.prompt import Prompt
 from kvindexer.index.seam import HolderMatch, Index
-from kvindexer.tiering.routings import Part, Routings
+from kvindexer.tiering.routings import Routings
 from kvindexer.tiering.speculative import Speculation
 
 BEGINNING: Final = 16
 """Up to so many held blocks, also what was not routed from its first block on is looked for behind them."""
 
 
-class Ahead(NamedTuple):
+class Ahead(msgspec.Struct, frozen=True, gc=False):
     """Leading tokens of the prompt that an instance holds or will hold soon."""
 
     tokens: int
@@ -57,13 +58,14 @@ class Lookahead:
             holding = {match.instance for match in matches}
             several = several or len(holding) < len(matches)
             ends = _ends(keys, matches, holding, routings)
-            known = self._index.instances(keyspace) if ends else ()
-            for bit, end in ends.items():
-                instance, tokens = routings.names[bit], end * keyspace.block_size
-                if instance in known and (candidates is None or instance in candidates):
-                    before = reached.get(instance)
-                    if before is None or tokens > before.tokens:
-                        reached[instance] = Ahead(tokens, keyspace.block_size)
+            if ends:
+                size, names, known = keyspace.block_size, routings.names, self._index.instances(keyspace)
+                for bit, end in ends.items():
+                    instance = names[bit]
+                    if instance in known and (candidates is None or instance in candidates):
+                        before = reached.get(instance)
+                        if before is None or end * size > before.tokens:
+                            reached[instance] = Ahead(end * size, size)
         return (_further(found, reached) if several else reached) or None
 
 
@@ -81,9 +83,10 @@ def _ends(
     keys: list[int], matches: Iterable[HolderMatch], holding: AbstractSet[str], routings: Routings
 ) -> dict[int, int]:
     """Bits of instances that wait for the block behind those that they hold -> how far they get."""
-    parts, bits = routings.along(keys), routings.bits
+    stops, masks = routings.along(keys)
+    bits = routings.bits
     waiting: list[int] = []  # for each block who waits for it
-    for stop, mask in parts:
+    for stop, mask in zip(stops, masks, strict=True):
         waiting += [mask] * (stop - len(waiting))
     reach = len(waiting)
     starts: dict[int, int] = {}
@@ -95,17 +98,17 @@ def _ends(
             if bit and held >= starts.get(bit, 0):  # of several ranks the one that is furthest gets furthest
                 starts[bit] = held
         elif held < BEGINNING and (bit := bits.get(match.instance, 0)):
-            ends |= _going_on(routings.along(keys, held), {bit: held})
-    if parts and not bits.keys() <= holding:
-        starts |= {bit: 0 for instance, bit in bits.items() if bit & waiting[0] and instance not in holding}
-    return ends | _going_on(parts, starts) if starts else ends
+            ends |= _going_on(*routings.along(keys, held), {bit: held})
+    if masks and not bits.keys() <= holding:
+        starts |= {bit: 0 for instance, bit in bits.items() if bit & masks[0] and instance not in holding}
+    return ends | _going_on(stops, masks, starts) if starts else ends
 
 
-def _going_on(parts: Sequence[Part], starts: Mapping[int, int]) -> dict[int, int]:
+def _going_on(stops: list[int], masks: list[int], starts: Mapping[int, int]) -> dict[int, int]:
     """Where blocks end without a hole for which instances wait, from their starts on."""
     ends: dict[int, int] = {}
     left = sum(starts)
-    for (stop, mask), (_, following) in pairwise((*parts, Part(0, 0))):
+    for stop, mask, following in zip(stops, masks, [*masks[1:], 0], strict=False):
         going = left & mask & ~following
         while going:
             bit = going & -going

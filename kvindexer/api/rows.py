@@ -223,8 +223,9 @@ class RowMaker:
         entries.sort(key=_ORDER)
         longest = max([entry[2].matched for entry in entries], default=0)
         if ahead:
-            entries = self._with_coming(entries, ahead, holding, layout, ranking)
-            holding = holding.union(ahead)
+            coming = ahead.keys() - holding
+            entries = self._with_coming(entries, ahead, coming, layout, ranking)
+            holding |= coming
         if listed is not None and len(holding) < len(listed.sizes):
             entries += [
                 self._without_match(instance, listed.sizes[instance], layout, ranking)
@@ -236,37 +237,32 @@ class RowMaker:
         spelled = None if listed is None else listed.spelled
         shown = entries[: ranking.most]
         statuses = self._fleet.each_status([entry[1] for entry in shown])
-        if ahead is None and details is None:
-            return Rows(joiner.objects(self._whole(shown, statuses, spelled, layout), len(shown)), longest)
+        if details is None:
+            return Rows(joiner.objects(self._whole(shown, statuses, spelled, layout, ahead), len(shown)), longest)
         pieces: list[bytes] = []
         for (_, instance, shape, *_), status in zip(shown, statuses, strict=True):
             known, name, trust = around.get(instance if spelled is None else (instance, spelled[instance]), _NOBODY)
             if known is not status:
                 name, trust = self._surround(instance, spelled, status, layout)
-            if ahead is None:
-                pieces += (name, shape.encoded, trust)
-            else:
-                soon = ahead.get(instance)
-                tokens = shape.matched if soon is None or soon.tokens < shape.matched else soon.tokens
-                pieces += (name, shape.encoded, self._soon.get(tokens) or self._reaching(tokens, joiner), trust)
-            if details is not None:
-                pieces.append(joiner.further(piece(self._form, _ByRank(details.get(instance, {})))))
+            soon = b"" if ahead is None else self._reaching(shape, ahead.get(instance), joiner)
+            pieces += (name, shape.encoded, soon, trust)
+            pieces.append(joiner.further(piece(self._form, _ByRank(details.get(instance, {})))))
         return Rows(joiner.objects(pieces, len(shown)), longest)
 
     def _with_coming(
         self,
         entries: list[_Entry],
         ahead: Mapping[str, Ahead],
-        holding: Collection[str],
+        coming: Iterable[str],
         layout: _Layout,
         ranking: Ranking,
     ) -> list[_Entry]:
         """Instances that hold nothing yet come behind those that do, or all in the order in which they will hold."""
         required, status_of = ranking.required, self._fleet.status
         entries = entries + [
-            self._without_match(instance, soon.block_size, layout, ranking)
-            for instance, soon in sorted(ahead.items(), key=lambda item: (-item[1].tokens, item[0]))
-            if instance not in holding and (required is None or required.met_by(status_of(instance)))
+            self._without_match(instance, ahead[instance].block_size, layout, ranking)
+            for instance in sorted(coming, key=lambda instance: (-ahead[instance].tokens, instance))
+            if required is None or required.met_by(status_of(instance))
         ]
         if ranking.expected:
             entries.sort(key=lambda entry: _reach(entry, ahead))  # equals stay in the order that they have
@@ -278,19 +274,24 @@ class RowMaker:
         statuses: Iterable[InstanceStatus],
         spelled: Mapping[str, str] | None,
         layout: _Layout,
+        ahead: Mapping[str, Ahead] | None,
     ) -> list[bytes]:
-        """Rows in which nothing depends on the prompt but what is in their entries."""
+        """Rows, or their pieces, in which nothing depends on the prompt but entries and what is on its way."""
         rows: list[bytes] = []
+        coming: Collection[str] = ahead or ()
         for (_, instance, shape, _, _, written), status in zip(entries, statuses, strict=True):
             candidate = None if spelled is None else spelled[instance]
-            if written.status is not status or written.candidate != candidate:
-                key = instance if candidate is None else (instance, candidate)
-                known, name, trust = layout.around.get(key, _NOBODY)
-                if known is not status:
-                    name, trust = self._surround(instance, spelled, status, layout)
-                written.row = name + shape.encoded + trust
-                written.status, written.candidate = status, candidate
-            rows.append(written.row)
+            if written.status is status and written.candidate == candidate and instance not in coming:
+                rows.append(written.row)
+                continue
+            key = instance if candidate is None else (instance, candidate)
+            known, name, trust = layout.around.get(key, _NOBODY)
+            if known is not status:
+                name, trust = self._surround(instance, spelled, status, layout)
+            soon = b"" if ahead is None else self._reaching(shape, ahead.get(instance), layout.joiner)
+            rows += (name, shape.encoded, soon, trust)
+            if instance not in coming:
+                written.status, written.candidate, written.row = status, candidate, b"".join(rows[-4:])
         return rows
 
     def _entries(self, found: Iterable[Found], ranking: Ranking, layout: _Layout) -> list[_Entry]:
@@ -382,8 +383,9 @@ class RowMaker:
             around[instance, named.candidate] = (status, name, trust)
         return name, trust
 
-    def _reaching(self, tokens: int, joiner: Joiner) -> bytes:
+    def _reaching(self, shape: _Shape, soon: Ahead | None, joiner: Joiner) -> bytes:
         """Encode how much an instance will hold, and keep it."""
+        tokens = shape.matched if soon is None else max(soon.tokens, shape.matched)
         encoded = self._soon.get(tokens)
         if encoded is None:
             if len(self._soon) >= MAX_REMEMBERED:

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise, takewhile
-from typing import NamedTuple
 
 from kvindexer.types import Keyspace
 
@@ -89,13 +88,6 @@ class Run:
         )
 
 
-class Part(NamedTuple):
-    """Blocks of a prompt up to `stop`, and the bits of the instances that wait for them."""
-
-    stop: int
-    mask: int
-
-
 class Routings:
     """Where prompts of one keyspace went, and what is awaited of them."""
 
@@ -106,6 +98,9 @@ class Routings:
         """Bit -> instance."""
         self._used = 0
         self._runs: dict[int, Run] = {}
+        """Of every block."""
+        self._first: dict[int, Run] = {}
+        """Of first blocks of runs alone: a small table that stays in the processor's caches, unlike the other."""
         self._living: Counter[str] = Counter()
         self._awaiting: Counter[str] = Counter()
         """For how many blocks an instance waits."""
@@ -127,17 +122,24 @@ class Routings:
         bit = self.bits.get(instance, 0)
         return {key for key, run in self._runs.items() if run.mask & bit}
 
-    def along(self, keys: Sequence[int], at: int = 0) -> list[Part]:
-        """What is named of a prompt from this place on without a hole."""
-        parts: list[Part] = []
-        get, length = self._runs.get, len(keys)
-        while at < length and (run := get(keys[at])) is not None:
+    def along(self, keys: Sequence[int], at: int = 0) -> tuple[list[int], list[int]]:
+        """Parts of a prompt from this place on, as far as it is named: where they stop, and who waits for them."""
+        stops: list[int] = []
+        masks: list[int] = []
+        get, length = self._first.get, len(keys)
+        run = self._runs.get(keys[at]) if at < length else None
+        while run is not None:
             stop = run.stop
-            if not at < stop <= length or keys[stop - 1] != run.last:
+            following = get(keys[stop]) if at < stop < length else None
+            if following is not None and following.at != stop:
+                following = None
+            if following is None and not (at < stop <= length and keys[stop - 1] == run.last):
                 stop = _parting(run, keys, at)
-            parts.append(Part(stop, run.mask))
-            at = stop
-        return parts
+                following = self._runs.get(keys[stop]) if stop < length else None
+            stops.append(stop)
+            masks.append(run.mask)
+            at, run = stop, following
+        return stops, masks
 
     # Changes
 
@@ -179,6 +181,7 @@ class Routings:
             if run.named.get(bit) is routing:
                 del run.named[bit]
                 if not run.named:
+                    del self._first[run.keys[0]]
                     for key in run.keys:
                         del self._runs[key]
         self._awaiting[instance] -= gone
@@ -198,7 +201,10 @@ class Routings:
                 spoken.setdefault(run, {})[key] = None
         gone = 0
         for run, those in spoken.items():
-            gone += sum(part.leave(bit) for part in self._cut(run, _edges(run.keys, those)) if part.keys[0] in those)
+            for part in self._cut(run, _edges(run.keys, those)):
+                if part.keys[0] in those:
+                    gone += part.leave(bit)
+                    self._join_before(part)
         self._awaiting[instance] -= gone
         return gone
 
@@ -207,7 +213,7 @@ class Routings:
         own = keys[at:]
         if not self._runs.keys().isdisjoint(own):
             own = list(takewhile(lambda key: key not in self._runs, own))
-        run = Run(at, own, {}, {})
+        run = self._first[own[0]] = Run(at, own, {}, {})
         self._runs.update(dict.fromkeys(own, run))
         return run
 
@@ -242,12 +248,22 @@ class Routings:
             else:
                 runs.append(Run(at + start, keys[start:stop], run.named.copy(), run.awaited.copy()))
                 self._runs.update(dict.fromkeys(runs[-1].keys, runs[-1]))
+            self._first[runs[-1].keys[0]] = runs[-1]
         return runs
+
+    def _join_before(self, run: Run) -> None:
+        """Events speak of block after block: that leaves no edges behind."""
+        keys = next(iter(run.named.values())).keys
+        before = self._runs.get(keys[run.at - 1]) if 0 < run.at < len(keys) else None
+        if before is not None and before.goes_on_as(run) and keys[run.at] == run.keys[0]:
+            self._joined(before, run)
 
     def _joined(self, first: Run, second: Run) -> Run:
         """One run in the place of two; the longer one stays."""
         stays, goes = (first, second) if len(first.keys) >= len(second.keys) else (second, first)
         self._runs.update(dict.fromkeys(goes.keys, stays))
+        del self._first[second.keys[0]]
+        self._first[first.keys[0]] = stays
         at, keys = first.at, first.keys
         keys += second.keys
         stays.lie(at, keys)
