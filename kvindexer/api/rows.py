@@ -7,7 +7,7 @@ wants that, the higher score first, or what was routed to it (docs/decisions/001
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from struct import Struct
 from typing import Final, NamedTuple
@@ -146,7 +146,11 @@ class _Written(msgspec.Struct, gc=False):
 
     status: InstanceStatus | None = None
     candidate: str | None = None
+    before: bytes = b""
+    behind: bytes = b""
+    """What stands before and behind `speculative_tokens`."""
     row: bytes = b""
+    """With `speculative_tokens`, where rows have them, of no more than is matched."""
 
 
 _Entry = tuple[str, str, _Shape, int, HolderMatch, _Written]
@@ -223,9 +227,10 @@ class RowMaker:
         entries.sort(key=_ORDER)
         longest = max([entry[2].matched for entry in entries], default=0)
         if ahead:
-            coming = ahead.keys() - holding
-            entries = self._with_coming(entries, ahead, coming, layout, ranking)
-            holding |= coming
+            coming = [instance for instance in ahead if instance not in holding]
+            if coming or ranking.expected:
+                entries = self._with_coming(entries, ahead, coming, layout, ranking)
+                holding.update(coming)
         if listed is not None and len(holding) < len(listed.sizes):
             entries += [
                 self._without_match(instance, listed.sizes[instance], layout, ranking)
@@ -240,12 +245,15 @@ class RowMaker:
         if details is None:
             return Rows(joiner.objects(self._whole(shown, statuses, spelled, layout, ahead), len(shown)), longest)
         pieces: list[bytes] = []
-        for (_, instance, shape, *_), status in zip(shown, statuses, strict=True):
+        for entry, status in zip(shown, statuses, strict=True):
+            _, instance, shape, *_ = entry
             known, name, trust = around.get(instance if spelled is None else (instance, spelled[instance]), _NOBODY)
             if known is not status:
                 name, trust = self._surround(instance, spelled, status, layout)
-            soon = b"" if ahead is None else self._reaching(shape, ahead.get(instance), joiner)
-            pieces += (name, shape.encoded, soon, trust)
+            pieces += (name, shape.encoded)
+            if ahead is not None:
+                pieces.append(self._reaching(-_reach(entry, ahead), joiner))
+            pieces.append(trust)
             pieces.append(joiner.further(piece(self._form, _ByRank(details.get(instance, {})))))
         return Rows(joiner.objects(pieces, len(shown)), longest)
 
@@ -278,20 +286,27 @@ class RowMaker:
     ) -> list[bytes]:
         """Rows, or their pieces, in which nothing depends on the prompt but entries and what is on its way."""
         rows: list[bytes] = []
-        coming: Collection[str] = ahead or ()
+        coming = ahead or {}
         for (_, instance, shape, _, _, written), status in zip(entries, statuses, strict=True):
             candidate = None if spelled is None else spelled[instance]
-            if written.status is status and written.candidate == candidate and instance not in coming:
+            if written.status is not status or written.candidate != candidate:
+                key = instance if candidate is None else (instance, candidate)
+                known, name, trust = layout.around.get(key, _NOBODY)
+                if known is not status:
+                    name, trust = self._surround(instance, spelled, status, layout)
+                written.before, written.behind = name + shape.encoded, trust
+                soon = b"" if ahead is None else self._reaching(shape.matched, layout.joiner)
+                written.row = written.before + soon + trust
+                written.status, written.candidate = status, candidate
+            if instance in coming:
+                tokens = max(coming[instance].tokens, shape.matched)
+                rows += (
+                    written.before,
+                    self._soon.get(tokens) or self._reaching(tokens, layout.joiner),
+                    written.behind,
+                )
+            else:
                 rows.append(written.row)
-                continue
-            key = instance if candidate is None else (instance, candidate)
-            known, name, trust = layout.around.get(key, _NOBODY)
-            if known is not status:
-                name, trust = self._surround(instance, spelled, status, layout)
-            soon = b"" if ahead is None else self._reaching(shape, ahead.get(instance), layout.joiner)
-            rows += (name, shape.encoded, soon, trust)
-            if instance not in coming:
-                written.status, written.candidate, written.row = status, candidate, b"".join(rows[-4:])
         return rows
 
     def _entries(self, found: Iterable[Found], ranking: Ranking, layout: _Layout) -> list[_Entry]:
@@ -383,9 +398,8 @@ class RowMaker:
             around[instance, named.candidate] = (status, name, trust)
         return name, trust
 
-    def _reaching(self, shape: _Shape, soon: Ahead | None, joiner: Joiner) -> bytes:
+    def _reaching(self, tokens: int, joiner: Joiner) -> bytes:
         """Encode how much an instance will hold, and keep it."""
-        tokens = shape.matched if soon is None else max(soon.tokens, shape.matched)
         encoded = self._soon.get(tokens)
         if encoded is None:
             if len(self._soon) >= MAX_REMEMBERED:
