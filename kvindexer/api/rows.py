@@ -286,18 +286,19 @@ class RowMaker:
     ) -> list[bytes]:
         """Rows, or their pieces, in which nothing depends on the prompt but entries and what is on its way."""
         rows: list[bytes] = []
+        if spelled is None and ahead is None:  # then a status says it all
+            for entry, status in zip(entries, statuses, strict=True):
+                written = entry[5]
+                if written.status is not status:
+                    self._write(entry, status, None, layout, reaching=False)
+                rows.append(written.row)
+            return rows
         coming = ahead or {}
-        for (_, instance, shape, _, _, written), status in zip(entries, statuses, strict=True):
+        for entry, status in zip(entries, statuses, strict=True):
+            _, instance, shape, _, _, written = entry
             candidate = None if spelled is None else spelled[instance]
             if written.status is not status or written.candidate != candidate:
-                key = instance if candidate is None else (instance, candidate)
-                known, name, trust = layout.around.get(key, _NOBODY)
-                if known is not status:
-                    name, trust = self._surround(instance, spelled, status, layout)
-                written.before, written.behind = name + shape.encoded, trust
-                soon = b"" if ahead is None else self._reaching(shape.matched, layout.joiner)
-                written.row = written.before + soon + trust
-                written.status, written.candidate = status, candidate
+                self._write(entry, status, spelled, layout, reaching=ahead is not None)
             if instance in coming:
                 tokens = max(coming[instance].tokens, shape.matched)
                 rows += (
@@ -308,6 +309,26 @@ class RowMaker:
             else:
                 rows.append(written.row)
         return rows
+
+    def _write(
+        self,
+        entry: _Entry,
+        status: InstanceStatus,
+        spelled: Mapping[str, str] | None,
+        layout: _Layout,
+        *,
+        reaching: bool,
+    ) -> None:
+        """Write a row anew, for a new status or spelling."""
+        _, instance, shape, _, _, written = entry
+        candidate = None if spelled is None else spelled[instance]
+        known, name, trust = layout.around.get(instance if candidate is None else (instance, candidate), _NOBODY)
+        if known is not status:
+            name, trust = self._surround(instance, spelled, status, layout)
+        written.before, written.behind = name + shape.encoded, trust
+        soon = self._reaching(shape.matched, layout.joiner) if reaching else b""
+        written.row = written.before + soon + trust
+        written.status, written.candidate = status, candidate
 
     def _entries(self, found: Iterable[Found], ranking: Ranking, layout: _Layout) -> list[_Entry]:
         """All ranks that hold something."""
