@@ -52,7 +52,7 @@ class Learning(BaseModel):
         description="Seconds after which a question counts half in the heat of its blocks.",
     )
     heat_blocks_per_s: Count = Field(
-        default=500_000,
+        default=200_000,
         description="Most blocks of questions counted a second; past it prompts are left out and estimated. A run of "
-        "fewer than 16 blocks between two places where prompts part counts as 16; 500,000 take up to 3 % of a core.",
+        "fewer than 16 blocks between two places where prompts part counts as 16; 200,000 take 1 to 2 % of a core.",
     )

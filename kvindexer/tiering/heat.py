@@ -48,7 +48,7 @@ _TWICE: Final = 1.5
 """So many of the heaviest single counts is more than one."""
 _LONGEST_SHARE: Final = 4
 """Of one prompt at most this part of a table is counted."""
-_SAVED_S: Final = 0.25
+_SAVED_S: Final = 0.05
 """Budget of quiet times that is kept for busy ones."""
 
 

@@ -13,6 +13,7 @@ Invariant: along a path weights never grow, and none is below the floor, with wh
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -25,8 +26,9 @@ class Run:
 
     __slots__ = ("below", "keys", "weight")
 
-    def __init__(self, keys: Sequence[int], weight: float, below: dict[int, Run]) -> None:
+    def __init__(self, keys: array[int], weight: float, below: dict[int, Run]) -> None:
         self.keys = keys
+        """Packed: thousands of integers that are dropped one by one take longer than all else here."""
         self.weight = weight
         self.below = below
         """By their first key."""
@@ -76,7 +78,7 @@ class Runs:
             passed += 1
             run = below.get(keys[start])
             if run is None:
-                run = below[keys[start]] = Run(keys[start:], self.floor + weight, {})
+                run = below[keys[start]] = Run(array("Q", keys[start:]), self.floor + weight, {})
                 self.blocks += length - start
                 self._note(run)
                 break
