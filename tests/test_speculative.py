@@ -169,6 +169,18 @@ def test_prompts_alike_share_runs_which_grow_together_again() -> None:
     assert runs.along(trunk) == ([64], [1])
 
 
+def test_a_run_that_goes_on_as_one_branch_is_not_taken_for_another_one() -> None:
+    """Two prompts to one instance, which part: the later one's run has no edge where the earlier one leaves it."""
+    runs, trunk = Routings(), list(range(15))
+    early, late = [*trunk, 100, 101], [*trunk, 200]
+    runs.begin(routing("a", early, 1.0))
+    runs.begin(routing("a", early[:16], 2.0))
+    runs.begin(routing("a", late, 3.0))
+    runs.begin(routing("b", late, 3.0))
+    assert runs.along(late) == ([16], [3])
+    assert runs.along(early) == ([15, 16, 17], [3, 1, 1])
+
+
 def test_bits_are_given_anew() -> None:
     runs, routings = Routings(), {who: routing(who, [1, 2, 3], 1.0) for who in "abcd"}
     for who in "abc":

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from api_server import batch
 from kvindexer.api.lookahead import Ahead, Lookahead
-from kvindexer.api.lookup import find
+from kvindexer.api.lookup import Found, find
 from kvindexer.api.prompt import KeyPrompt
 from kvindexer.index.engine import PyIndex
 from kvindexer.tiering.speculative import Speculation
@@ -291,6 +291,21 @@ def test_what_is_behind_a_hole_does_not_count() -> None:
     world.event(middle, Place("ranked", 1, 0, "GPU"), 40, stores=True, heard=True)
     found = find(world.index, [SPACE], KeyPrompt(prompt.keys), None)
     assert world.lookahead.ahead(found, KeyPrompt(prompt.keys), None) == {"ranked": Ahead(40 * SIZE, SIZE)}
+
+
+def test_of_several_ranks_the_one_counts_that_gets_furthest_whichever_comes_first() -> None:
+    """Of a prompt that is given in parts, the first one from its third block on."""
+    world = World([Blocks((0,) * 12)], 10_000)
+    prompt = world.prompts[0]
+    for rank, held in enumerate((2, 5)):
+        world.event(Blocks((0,) * held), Place("ranked", rank, 0, "GPU"), 0, stores=True, heard=True)
+    for start, stop in ((2, 4), (5, 8)):
+        world.speculation.add(SPACE, "ranked", prompt.keys[start:stop], 1)
+    asked = KeyPrompt(prompt.keys)
+    ((space, matches),) = find(world.index, [SPACE], asked, None)
+    for several in (matches, matches[::-1]):
+        ahead = world.lookahead.ahead([Found(space, several)], asked, None)
+        assert ahead == {"ranked": Ahead(8 * SIZE, SIZE)}
 
 
 def test_a_rank_that_gets_as_far_as_another_one_is_gets_no_further() -> None:

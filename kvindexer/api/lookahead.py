@@ -89,19 +89,22 @@ def _ends(
     for stop, mask in zip(stops, masks, strict=True):
         waiting += [mask] * (stop - len(waiting))
     reach = len(waiting)
+    near = max(reach, BEGINNING)
     starts: dict[int, int] = {}
-    ends: dict[int, int] = {}
-    for match in matches:
+    elsewhere: list[tuple[int, int]] = []
+    for match in [match for match in matches if match.held < near]:
         held = match.held
-        if held < reach:
-            bit = waiting[held] & bits.get(match.instance, 0)
-            if bit and held >= starts.get(bit, 0):  # of several ranks the one that is furthest gets furthest
-                starts[bit] = held
-        elif held < BEGINNING and (bit := bits.get(match.instance, 0)):
-            ends |= _going_on(*routings.along(keys, held), {bit: held})
+        bit = bits.get(match.instance, 0)
+        if held >= reach:
+            elsewhere += [(held, bit)] if bit else []
+        elif (bit := bit & waiting[held]) and held >= starts.get(bit, 0):
+            starts[bit] = held  # of several ranks the one that is furthest gets furthest
     if masks and not bits.keys() <= holding:
         starts |= {bit: 0 for instance, bit in bits.items() if bit & masks[0] and instance not in holding}
-    return ends | _going_on(stops, masks, starts) if starts else ends
+    ends = _going_on(stops, masks, starts) if starts else {}
+    for held, bit in sorted(elsewhere):
+        ends |= _going_on(*routings.along(keys, held), {bit: held})
+    return ends
 
 
 def _going_on(stops: list[int], masks: list[int], starts: Mapping[int, int]) -> dict[int, int]:

@@ -126,19 +126,17 @@ class Routings:
         """Parts of a prompt from this place on, as far as it is named: where they stop, and who waits for them."""
         stops: list[int] = []
         masks: list[int] = []
-        get, length = self._first.get, len(keys)
+        length = len(keys)
         run = self._runs.get(keys[at]) if at < length else None
         while run is not None:
             stop = run.stop
-            following = get(keys[stop]) if at < stop < length else None
-            if following is not None and following.at != stop:
-                following = None
-            if following is None and not (at < stop <= length and keys[stop - 1] == run.last):
+            if not at < stop <= length or keys[stop - 1] != run.last:
                 stop = _parting(run, keys, at)
-                following = self._runs.get(keys[stop]) if stop < length else None
             stops.append(stop)
             masks.append(run.mask)
-            at, run = stop, following
+            at, run = stop, None
+            if stop < length:
+                run = self._first.get(keys[stop]) or self._runs.get(keys[stop])
         return stops, masks
 
     # Changes
@@ -204,7 +202,7 @@ class Routings:
             for part in self._cut(run, _edges(run.keys, those)):
                 if part.keys[0] in those:
                     gone += part.leave(bit)
-                    self._join_before(part)
+                    self._join_neighbours(part)
         self._awaiting[instance] -= gone
         return gone
 
@@ -251,12 +249,17 @@ class Routings:
             self._first[runs[-1].keys[0]] = runs[-1]
         return runs
 
-    def _join_before(self, run: Run) -> None:
+    def _join_neighbours(self, run: Run) -> None:
         """Events speak of block after block: that leaves no edges behind."""
         keys = next(iter(run.named.values())).keys
-        before = self._runs.get(keys[run.at - 1]) if 0 < run.at < len(keys) else None
-        if before is not None and before.goes_on_as(run) and keys[run.at] == run.keys[0]:
-            self._joined(before, run)
+        if keys[run.at : run.at + 1] != run.keys[:1]:
+            return
+        before = self._runs.get(keys[run.at - 1]) if run.at else None
+        if before is not None and before.goes_on_as(run):
+            run = self._joined(before, run)
+        behind = self._runs.get(keys[run.stop]) if run.stop < len(keys) else None
+        if behind is not None and run.goes_on_as(behind):
+            self._joined(run, behind)
 
     def _joined(self, first: Run, second: Run) -> Run:
         """One run in the place of two; the longer one stays."""
