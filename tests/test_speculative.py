@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -167,6 +168,16 @@ def test_prompts_alike_share_runs_which_grow_together_again() -> None:
     assert runs.end(parting) == 40
     runs.expect(long)
     assert runs.along(trunk) == ([64], [1])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_events_of_block_after_block_leave_no_edges(order: int) -> None:
+    runs, prompt = Routings(), list(range(64))
+    for who in "ab":
+        runs.begin(routing(who, prompt, 1.0))
+    for key in prompt[20:40][::order]:
+        assert runs.confirm("a", [key]) == 1
+    assert runs.along(prompt) == ([20, 40, 64], [3, 2, 3])
 
 
 def test_a_run_that_goes_on_as_one_branch_is_not_taken_for_another_one() -> None:
