@@ -14,7 +14,8 @@ from api_server import LIVE, FakeFleet
 from kvindexer.api import rows as module
 from kvindexer.api.forms import FORMS, JSON, Form
 from kvindexer.api.lookup import Found
-from kvindexer.api.rows import Listed, Ranking, Requirements, RowMaker
+from kvindexer.api.ranking import Listed, Ranking, Requirements
+from kvindexer.api.rows import RowMaker
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import HolderMatch
 from kvindexer.tiering.weights import DEFAULT_WEIGHTS

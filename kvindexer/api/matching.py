@@ -17,7 +17,8 @@ from kvindexer.api.lookahead import Lookahead
 from kvindexer.api.lookup import Found, KnownModels, find, keyspaces, tenant_named
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.prompt import Prompt
-from kvindexer.api.rows import Listed, Ranking, RowMaker, requirements
+from kvindexer.api.ranking import Listed, Ranking, requirements
+from kvindexer.api.rows import RowMaker
 from kvindexer.api.schemas import Question, TierWeights
 from kvindexer.errors import RequestError, TooLargeError
 from kvindexer.index.seam import Index
