@@ -38,41 +38,63 @@ def check(runs: Routings | None, named: set[int]) -> None:
 
 
 @dataclass
+class Told:
+    """A routing of the oracle."""
+
+    space: Keyspace
+    instance: str
+    keys: list[int]
+    ends_at: float
+    left: set[int]
+    """What no event has spoken of since."""
+    name: tuple[int, int] | None
+    """Last key and length; None: a living one with another prompt has that name."""
+
+
+@dataclass
 class Oracle:
     """Every routing with what is left of it; a block is there while any living routing names it."""
 
-    routings: list[tuple[Keyspace, str, set[int], float]] = field(default_factory=list)
-    begun: list[tuple[Keyspace, set[int], float]] = field(default_factory=list)
-    """The keys of each routing, whatever is left of it."""
+    told: list[Told] = field(default_factory=list)
 
     def route(self, space: Keyspace, instance: str, keys: list[int], ends_at: float) -> None:
-        self.routings.append((space, instance, set(keys), ends_at))
-        self.begun.append((space, set(keys), ends_at))
+        if not keys:
+            return
+        name = (keys[-1], len(keys))
+        same = next(
+            (each for each in self.told if (each.space, each.instance, each.name) == (space, instance, name)), None
+        )
+        if same is not None and same.keys == keys:  # it is on its way again, until the later of both ends
+            same.ends_at, same.left = max(same.ends_at, ends_at), set(keys)
+        else:
+            self.told.append(Told(space, instance, keys, ends_at, set(keys), None if same else name))
 
     def held(self, space: Keyspace, instance: str) -> set[int]:
-        return set().union(*(keys for where, who, keys, _ in self.routings if (where, who) == (space, instance)))
+        return set().union(*(each.left for each in self.told if (each.space, each.instance) == (space, instance)))
 
     def named(self, space: Keyspace) -> set[int]:
-        return set().union(*(keys for where, keys, _ in self.begun if where == space))
+        return set().union(*(each.keys for each in self.told if each.space == space))
 
     def expire(self, now: float) -> None:
-        self.routings = [routing for routing in self.routings if routing[3] > now]
-        self.begun = [begun for begun in self.begun if begun[2] > now]
+        self.told = [each for each in self.told if each.ends_at > now]
 
     def confirm(self, space: Keyspace, instance: str, keys: set[int]) -> None:
-        for where, who, left, _ in self.routings:
-            if (where, who) == (space, instance):
-                left.difference_update(keys)
+        for each in self.told:
+            if (each.space, each.instance) == (space, instance):
+                each.left.difference_update(keys)
 
 
 CHAINS = st.tuples(st.integers(0, 8), st.lists(st.integers(100, 104), max_size=3)).map(
     lambda parts: [*TRUNK[: parts[0]], *(10 * parts[0] + tail for tail in dict.fromkeys(parts[1]))]
 )
 """Nearly: what comes behind the trunk may be in any order."""
-PROMPTS = (
-    CHAINS | st.tuples(CHAINS, st.integers(0, 5)).map(lambda of: of[0][of[1] :]) | CHAINS.flatmap(st.permutations)
+PROMPTS = st.one_of(
+    CHAINS,
+    CHAINS.map(lambda keys: [*keys, *keys[2:6], *keys]),
+    st.tuples(CHAINS, st.integers(0, 5)).map(lambda of: of[0][of[1] :]),
+    CHAINS.flatmap(st.permutations),
 )
-"""As they are, without a beginning, in disorder."""
+"""As they are, with repetitions, without a beginning, in disorder."""
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("route"), st.sampled_from(SPACES), st.sampled_from(INSTANCES), PROMPTS, st.integers(1, 5)),
@@ -106,7 +128,7 @@ def test_after_any_sequence_the_overlay_is_what_a_count_of_references_would_be(
                 assert waiting(overlay.routings(where), who) == oracle.held(where, who)
                 assert overlay.awaits(who) == any(oracle.held(each, who) for each in SPACES)
             check(overlay.routings(where), oracle.named(where))
-        assert overlay.alive or not any(keys for *_, keys, _ in oracle.routings)
+        assert overlay.alive == bool(oracle.told)
     overlay.expire(now + 5)
     assert (overlay.alive, overlay.references, overlay.blocks) == (False, 0, 0)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from itertools import pairwise, takewhile
+from itertools import islice, pairwise
 
 from kvindexer.types import Keyspace
 
@@ -155,8 +155,6 @@ class Routings:
         """All blocks of a living routing are awaited, also those that events spoke of."""
         _, instance = routing.place
         bit, keys = self.bits[instance], routing.keys
-        if len(set(keys)) < len(keys):
-            keys = list(dict.fromkeys(keys))  # callers' own keys need not be a chain
         at, gained = 0, 0
         before: Run | None = None
         while at < len(keys):
@@ -208,11 +206,14 @@ class Routings:
 
     def _new(self, keys: list[int], at: int) -> Run:
         """A run of blocks that nobody named before."""
-        own = keys[at:]
-        if not self._runs.keys().isdisjoint(own):
-            own = list(takewhile(lambda key: key not in self._runs, own))
-        run = self._first[own[0]] = Run(at, own, {}, {})
-        self._runs.update(dict.fromkeys(own, run))
+        run, runs, before = Run(at, keys[at : at + 1], {}, {}), self._runs, len(self._runs)
+        own = []
+        for key in islice(keys, at, None):
+            if runs.setdefault(key, run) is not run:
+                break  # callers' own keys need not be a chain
+            own.append(key)
+        run.lie(at, own if len(runs) - before == len(own) else list(dict.fromkeys(own)))
+        self._first[keys[at]] = run
         return run
 
     def _shared(self, run: Run, keys: list[int], at: int) -> Run:
