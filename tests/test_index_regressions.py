@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -313,7 +314,14 @@ def test_interned_masks_go_when_a_tier_is_emptied() -> None:
 
 def test_matches_that_are_kept_are_those_of_this_life(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an engine is may change, and more matches may be made than are kept: answers are those of a new index."""
+    made: list[topology.Topology] = []
+
+    def remembered(slots: Iterable[topology.Slot]) -> topology.Topology:
+        made.append(topology.Topology(slots))
+        return made[-1]
+
     monkeypatch.setattr(topology, "MAX_MATCHES", 5)
+    monkeypatch.setattr("kvindexer.index.space.Topology", remembered)
     index = PyIndex()
     for rank in range(4):
         index.attach(f"s{rank}", replace(POD, rank=rank))
@@ -327,6 +335,7 @@ def test_matches_that_are_kept_are_those_of_this_life(monkeypatch: pytest.Monkey
                 (rank, held, max(0, min(held, (tokens - 1) // SIZE) - (0 if rank else speculative)))
                 for rank, held in enumerate((3, 5, 7, 9))
             ]
+            assert 1 <= sum(map(len, made[-1].kept.values())) < 5 + len(found)
 
 
 def test_matches_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +343,7 @@ def test_matches_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     made = topology.Topology([])
     for depth in range(1, 100):
         match = HolderMatch("pod-a", 0, depth, depth, depth, NONE, NONE)
-        made.keep(made.matches(depth, depth), 1, match)
+        made.matches(depth, depth)[1] = match
+        made.room -= 1
         assert made.matches(depth, depth) == {1: match}
         assert 1 <= sum(map(len, made.kept.values())) <= 5

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EVERY_READER: Final = "*"
 MAX_MATCHES: Final = 16_384
-"""Most matches of one keyspace that are kept, but for those of one more depth."""
+"""Most matches of one keyspace that are kept, but for those of one more prompt."""
 
 
 def is_store(spec: SourceSpec) -> bool:
@@ -123,22 +123,18 @@ class Topology:
         """Every holder is one slot, of which every block is needed."""
         self.kept: dict[tuple[int, int], dict[int, HolderMatch]] = {}
         """Matches that were made before, by depth and how much of it may be reused, then by the holder's bits."""
-        self._room = MAX_MATCHES
+        self.room = MAX_MATCHES
+        """For how many more of them there is room."""
 
     def matches(self, depth: int, reusable: int) -> dict[int, HolderMatch]:
-        """Those of this depth; prompts share beginnings, so most come again."""
+        """Those of this depth, to add to; prompts share beginnings, so most come again."""
         matches = self.kept.get((depth, reusable))
         if matches is None:
-            if self._room <= 0:
+            if self.room <= 0:
                 self.kept.clear()
-                self._room = MAX_MATCHES
+                self.room = MAX_MATCHES
             matches = self.kept[depth, reusable] = {}
         return matches
-
-    def keep(self, matches: dict[int, HolderMatch], bits: int, match: HolderMatch) -> None:
-        """One more of them."""
-        self._room -= 1
-        matches[bits] = match
 
     def _add(self, instance: str, rank: int, slots: list[Slot], stores: list[Slot], lent: dict[int, int]) -> None:
         slots = [slot for slot in slots if slot.seen] or (slots if stores else [])

@@ -64,7 +64,7 @@ def _match_gpu(space: Space, keys: Sequence[int], wanted: int, cap: int) -> list
     topology = space.topology
     holder_of, feeds = topology.holder_of, topology.feeds
     found: list[HolderMatch] = []
-    alive, before, depth = wanted, -1, 0
+    alive, before, depth, made = wanted, -1, 0, 0
     # a mask that follows the last block: there everybody who is left drops out
     for depth, mask in enumerate(chain(map(space.tiers[Tier.GPU].get, keys, repeat(0)), (0,))):
         if mask is before:  # holder sets are interned, so this is nearly all of the runs; equal ones do no harm
@@ -82,26 +82,24 @@ def _match_gpu(space: Space, keys: Sequence[int], wanted: int, cap: int) -> list
                 gone ^= bit
                 match = known.get(bit)
                 if match is None:
-                    match = _on_gpu(holder_of[bit], depth, reusable)
-                    topology.keep(known, bit, match)
+                    holder = holder_of[bit]
+                    cached = reusable - holder.speculative_blocks if reusable > holder.speculative_blocks else 0
+                    match = known[bit] = HolderMatch(
+                        holder.instance,
+                        holder.rank,
+                        depth,
+                        depth,
+                        cached,
+                        (depth, 0, 0, 0),
+                        (depth, depth, depth, depth),
+                        holder.unknown_group,
+                    )
+                    made += 1
                 found.append(match)
         if not alive:
             break
+    topology.room -= made
     return found
-
-
-def _on_gpu(holder: Holder, depth: int, reusable: int) -> HolderMatch:
-    """A match where only GPUs hold blocks."""
-    return HolderMatch(
-        holder.instance,
-        holder.rank,
-        held=depth,
-        usable=depth,
-        cached=max(0, reusable - holder.speculative_blocks),
-        alone=(depth, 0, 0, 0),
-        cumulative=(depth, depth, depth, depth),
-        unknown_group=holder.unknown_group,
-    )
 
 
 def _segments(space: Space, keys: Sequence[int], tiers: Sequence[Tier], wanted: int) -> list[Segment]:
