@@ -142,7 +142,7 @@ class Beat:
             self._directory.written(wanted, generation)
             kept = self._shelf.sources.get(wanted.source)
             if kept is not None and wanted.kind is not Kind.REMOVED and generation:
-                kept.shard.registration = generation
+                kept.shard.registration = self._directory.generation(wanted.source)
 
     async def _news(self) -> list[tuple[str, Line]]:
         """Lines of the directory that this replica did not know."""

@@ -125,10 +125,14 @@ class Directory:
         return listed
 
     def written(self, wanted: Wanted, generation: int) -> None:
-        """It is there, as this generation; 0: it is not, for another line is there."""
+        """A line of this generation is there; 0: another one that ours must not touch.
+
+        Where ours was to be published again and another generation is there, that is a newer line, whose kind only
+        reading it tells: taken for ours, it would never be news.
+        """
         if self._wanted.get(wanted.source) == wanted:
             del self._wanted[wanted.source]
-        if generation:
+        if generation and wanted.generation in (None, generation):
             kind = Kind.LOCAL if wanted.kind is Kind.FOUND else wanted.kind
             self._keep(wanted.source, Line(generation, kind, wanted.spec))
 

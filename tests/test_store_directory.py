@@ -1,0 +1,69 @@
+"""The directory that replicas share, step by step: two of them and a real Redis, in every order that can happen."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from kvindexer.settings import Settings
+from kvindexer.store.connect import open_client
+from kvindexer.store.directory import Directory, Kind, Line, read_lines
+from kvindexer.store.layout import Names
+from kvindexer.store.server import ShardServer
+from servers import Server
+
+SOURCE = "tcp://10.0.0.1:5557"
+SPEC = b'{"model": "m"}'
+
+
+class Side:
+    """One replica's directory, and what a beat does with it."""
+
+    def __init__(self, server: ShardServer) -> None:
+        self._server = server
+        self.directory = Directory()
+
+    async def publish(self) -> None:
+        """Write what is wanted."""
+        for wanted in self.directory.wanted():
+            known = self.directory.generation(wanted.source)
+            answer = await self._server.register(wanted.source, wanted.kind, wanted.spec, wanted.generation, known)
+            self.directory.written(wanted, answer)
+
+    async def news(self) -> list[tuple[str, Kind]]:
+        """Read all lines; what this replica did not know."""
+        found = {source: line for source, line in read_lines(await self._server.lines()) if isinstance(line, Line)}
+        return [(source, line.kind) for source, line in self.directory.merge(found)]
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_an_unregistration_is_heard_though_the_older_line_was_to_be_published_again(
+    redis_server: Server, first: str
+) -> None:
+    """Redis is emptied after one replica has unregistered and before the other has heard: whoever writes first."""
+
+    async def scenario() -> None:
+        values: dict[str, Any] = {"store": redis_server.url}
+        server = ShardServer(open_client(Settings(**values)), Names("kvindexer"), 5)
+        a, b = Side(server), Side(server)
+        try:
+            a.directory.want(SOURCE, Kind.REGISTERED, SPEC)
+            await a.publish()
+            assert await b.news() == [(SOURCE, Kind.REGISTERED)]
+            a.directory.want(SOURCE, Kind.REMOVED, SPEC)
+            await a.publish()
+            redis_server.ask("FLUSHALL")
+            assert await a.news() == await b.news() == []  # both want to publish what they know
+            for side in (a, b) if first == "a" else (b, a):
+                await side.publish()
+            assert await b.news() == [(SOURCE, Kind.REMOVED)]
+            assert await a.news() == []
+            for side in (a, b):
+                assert side.directory.wanted() == []
+                assert side.directory.generation(SOURCE) == 2
+        finally:
+            await server.close()
+
+    asyncio.run(scenario())
