@@ -60,7 +60,7 @@ class StoreEffort:
     """How long to measure."""
 
     writing_rounds: int = 2
-    latency_rounds: int = 5
+    latency_rounds: int = 3
     busy_s: float = 4.0
     starts: int = 2
     growth: int = 3
@@ -108,13 +108,12 @@ def run(arena: Arena, contender: Contender, effort: StoreEffort) -> Samples:
     with Redis() as redis, ExitStack() as stack:
         bench = Bench(arena, contender, redis, effort)
         bench.writing()
-        plain = stack.enter_context(bench.fresh(bench.memory))
-        bench.fill(plain, 0)
+        with bench.fresh(bench.memory) as plain:
+            bench.fill(plain, 0)
+            bench.latency(plain)
         kept = stack.enter_context(bench.fresh(bench.direct))
         bench.fill(kept, 0)
         bench.warm_starts(kept)
-        bench.latency(plain, kept)
-        plain.service.kill()
         bench.grow(kept)
         bench.warm_starts(kept)
     return bench.samples
@@ -209,23 +208,32 @@ class Bench:
 
     # Latency
 
-    def latency(self, plain: Running, kept: Running) -> None:
-        """Ask both services while blocks arrive, at each pace, under each of the conditions."""
+    def latency(self, plain: Running) -> None:
+        """Ask with and without Redis while blocks arrive, at each pace, under each of the conditions.
+
+        The service with Redis is filled by its engines too: what is loaded lies elsewhere in memory, and is slower.
+        """
         self._redis.give_way()
-        rounds = [(pace, turn) for turn in range(self._effort.latency_rounds) for pace in PACES]
         # the same blocks every time: Redis also keeps what is known of blocks that were removed
         self._further = {
             pace: messages.further(self._arena.workload, int(pace * self._effort.busy_s)) for pace in PACES
         }
-        for pace, turn in rounds:
-            _say(f"latency, {pace} blocks/s")
-            self._round(plain, kept, {UP: _nothing, STOPPED: self._stopped, DOWN: self._down}, pace, turn)
+        with self.fresh(self.direct) as kept:
+            self._rounds(plain, kept, {UP: _nothing, STOPPED: self._stopped, DOWN: self._down})
         with SlowLink(self._redis.server.port) as link:
-            kept.restart(_with_store(self._contender, f"redis://127.0.0.1:{link.port}"))
-            for pace, turn in rounds:
-                _say(f"latency, {pace} blocks/s, slow")
-                self._round(plain, kept, {SLOW: lambda: link.slow(LATENCY_S)}, pace, turn)
-            kept.restart(self.direct)
+            distant = _with_store(self._contender, f"redis://127.0.0.1:{link.port}")
+            with self.fresh(distant) as kept:
+                self._rounds(plain, kept, {SLOW: lambda: link.slow(LATENCY_S)})
+        self._redis.server.stop()
+        self._redis.server.start()  # with a priority like everybody's
+
+    def _rounds(self, plain: Running, kept: Running, conditions: Conditions) -> None:
+        kept.play(self._arena.initial, 0)
+        self._in_step(kept)
+        for turn in range(self._effort.latency_rounds):
+            for pace in PACES:
+                _say(f"latency, {pace} blocks/s, {', '.join(conditions)}")
+                self._round(plain, kept, conditions, pace, turn)
 
     def _round(self, plain: Running, kept: Running, conditions: Conditions, pace: int, turn: int) -> None:
         """Ratios are those to `--store memory` in the same round."""

@@ -54,6 +54,8 @@ class _Replay:
     """Of the message it starts from, if that was applied."""
     connection: int
     """Which connection of the live socket it was asked on: it proves nothing of later ones."""
+    asked_at: float
+    """Or a little before that: the last time that is known."""
     answered: bool = False
     abandoned: bool = False
     from_zero: bool = False
@@ -96,6 +98,8 @@ class Stream:
         """Holes that were passed over, since no replay could fill them."""
         self.replays = 0
         self.verified_at: float | None = None
+        self.proven_at: float | None = None
+        """When the question was asked whose answer verified the life: it is the engine's life since then."""
         self.heard_at: float | None = None
         """Last sign of life: a frame, an answer, a connection."""
         self.event_at: float | None = None
@@ -115,6 +119,7 @@ class Stream:
         self._replay: _Replay | None = None
         self._retry_s = settings.retry_min_s
         self._parts = 0
+        self._ticked_at = 0.0
         self._ask_at: float | None = None
         self._asked_hole: tuple[int, int] | None = None
         self._overtaken: int | None = None
@@ -304,6 +309,7 @@ class Stream:
                 self._move(Signal.SYNCED, self._why_live())
             return actions
         self.verified_at = now
+        self.proven_at = replay.asked_at
         self._flags.doubted = None
         up_to_date = self._connected and replay.connection == self._connections
         self._disconnected_since_last = self._disconnected_since_last and not up_to_date
@@ -370,6 +376,7 @@ class Stream:
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed; call about once a second."""
+        self._ticked_at = now
         if self._connected and self._settings.dialled:
             self.heard_at = now
         silent_s = now - (self.heard_at if self.heard_at is not None else now)
@@ -448,7 +455,7 @@ class Stream:
         return self._ask(Purpose.CHECK, self.last_seq, self._digests[self.last_seq])
 
     def _ask(self, purpose: Purpose, start: int, digest: bytes | None = None) -> list[Action]:
-        self._replay = _Replay(purpose, start, digest, self._connections)
+        self._replay = _Replay(purpose, start, digest, self._connections, max(self.heard_at or 0.0, self._ticked_at))
         return [Ask(Seq(start))]
 
     def _apply(self, seq: int, payload: bytes, digest: bytes) -> Apply:

@@ -194,7 +194,7 @@ class Beat:
     async def _read_shards(self, writing: Writing) -> None:
         """See what Redis holds of each source, and give back what nobody needs."""
         followed = [kept for kept in self._shelf.sources.values() if not kept.busy]
-        read_at = time.monotonic()
+        asked_at = time.monotonic()
         answers = await self._server.read([kept.tag for kept in followed])
         for looked_at, (kept, found) in enumerate(zip(followed, answers, strict=True)):
             if looked_at % AT_A_TIME == AT_A_TIME - 1:
@@ -206,7 +206,7 @@ class Beat:
                 kept.shard.remote = None
                 continue
             self._troubles.end_foreign(kept.source)
-            kept.shard.read(found, read_at)
+            kept.shard.read(found, time.monotonic(), asked_at)
             if kept.shard.turn == 0:
                 await self._sweep(kept.tag, found)
         self._shelf.wake.set()

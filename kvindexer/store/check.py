@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -26,6 +27,9 @@ _log = logging.getLogger(__name__)
 
 _BUCKETS: Final = 4
 """Buckets that are compared at once: a few hundred records, less than a millisecond."""
+_REST: Final = 10
+"""Rest after work, to work."""
+_MOST_REST_S: Final = 0.02
 _HASHES: Final = 512
 """Hashes that are sorted into buckets at once."""
 
@@ -51,13 +55,7 @@ class Checks:
                 await self._examine()
             await asyncio.sleep(self._interval_s)
             for kept in list(self._shelf.sources.values()):
-                if (
-                    self._shelf.reachable
-                    and kept.dialled
-                    and not kept.dropped
-                    and not kept.busy
-                    and kept.shard.turn == 0
-                ):
+                if self._shelf.reachable and kept.dialled and not kept.dropped and kept.shard.turn == 0:
                     await self._check(kept)
 
     async def _examine(self) -> None:
@@ -65,7 +63,6 @@ class Checks:
             self._troubles.server_is(await self._server.examine())
 
     async def _check(self, kept: KeptSource) -> None:
-        kept.busy = True
         try:
             differing = await self._checker.compare(kept)
         except StoreError as error:
@@ -76,8 +73,6 @@ class Checks:
         except Exception:  # noqa: BLE001 - the next check is another try; it is logged
             _log.exception("source %s could not be compared with the store", kept.source)
             return
-        finally:
-            kept.busy = False
         self.done += differing is not None
         if differing and not kept.dropped:
             self._differs(kept, f"{differing} records differ")
@@ -90,17 +85,17 @@ class Checks:
 
 
 class Checker:
-    """Compares shards with memory.  `pause` waits for a moment in which queries have had their turn."""
+    """Compares shards with memory, and rests in between: it is in no hurry, and others are."""
 
-    def __init__(self, server: ShardServer, index: Index, pause: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, server: ShardServer, index: Index) -> None:
         self._server = server
         self._index = index
-        self._pause = pause
+        self._rested_at = 0.0
 
     async def compare(self, kept: KeptSource) -> int | None:
-        """How many records of a shard that we don't write just now differ, although nothing has changed them since.
+        """How many records of a shard differ, although nothing has changed them since Redis' checkpoint.
 
-        None if it can't be told at the moment.  Raises StoreError.
+        None if it can't be told at the moment, for instance as the shard has been written anew.  Raises StoreError.
         """
         life = kept.life
         meta = await self._comparable(kept)
@@ -109,20 +104,27 @@ class Checker:
         by_bucket = await self._by_bucket(kept, meta.buckets)
         suspects: list[int] = []
         async for numbers, hashes, records in self._server.buckets(kept.tag, meta, _BUCKETS):
-            await self._pause()
+            await self._rest()
             if kept.dropped or kept.life != life:
                 return None
-            ours = [block_hash for number in numbers for block_hash in by_bucket.pop(number, ())]
             found = dict(zip(hashes, records, strict=True))
+            # also what has come since the hashes were sorted, and was written already
+            ours = list(found.keys() | {block_hash for number in numbers for block_hash in by_bucket.pop(number, ())})
             expected = dict(zip(ours, self._index.records(kept.source, ours), strict=True))
             if found != expected:
                 suspects += _differences(found, expected)
         if suspects:
-            confirmed = await self._confirm(kept, suspects)
+            confirmed = await self._confirm(kept, meta.generation, suspects)
             if confirmed is None or kept.life != life:
                 return None
             suspects = confirmed
         return len(suspects)
+
+    async def _rest(self) -> None:
+        """Stay away for many times as long as was worked: all of a check is a few percent of a core."""
+        worked_s = time.monotonic() - self._rested_at
+        await asyncio.sleep(min(_REST * worked_s, _MOST_REST_S))
+        self._rested_at = time.monotonic()
 
     async def _comparable(self, kept: KeptSource) -> Meta | None:
         """The shard's meta, if it is of our life and not ahead of what we know."""
@@ -140,20 +142,28 @@ class Checker:
         for start in range(0, len(hashes), _HASHES):
             for block_hash in hashes[start : start + _HASHES]:
                 by_bucket.setdefault(block_hash & (buckets - 1), []).append(block_hash)
-            await self._pause()
+            await self._rest()
         return by_bucket
 
-    async def _confirm(self, kept: KeptSource, suspects: Sequence[int]) -> list[int] | None:
+    async def _confirm(self, kept: KeptSource, generation: str, suspects: Sequence[int]) -> list[int] | None:
         """Those of the suspects that differ, and not because something has changed them since Redis' checkpoint."""
         before = await self._comparable(kept)
-        if before is None:
+        if before is None or before.generation != generation:
             return None
-        there = await self._server.records(kept.tag, before, suspects)
+        there: list[bytes | None] = []
+        for start in range(0, len(suspects), _HASHES):
+            there += await self._server.records(kept.tag, before, suspects[start : start + _HASHES])
         after = await self._comparable(kept)
         if after is None or after.checkpoint != before.checkpoint:
             return None  # it moves too fast just now; the next check is another try
-        moving = set(kept.shard.changed_since(after.checkpoint.next))
-        here = self._index.records(kept.source, suspects)
+        here: list[bytes] = []
+        for start in range(0, len(suspects), _HASHES):
+            await asyncio.sleep(0)
+            here += self._index.records(kept.source, suspects[start : start + _HASHES])
+        upto = after.checkpoint.next
+        if kept.dropped or kept.shard.base > upto:
+            return None  # written meanwhile: what changed before that is not known any more
+        moving = set(kept.shard.changed_since(upto))
         return [
             block_hash
             for block_hash, ours, theirs in zip(suspects, here, there, strict=True)

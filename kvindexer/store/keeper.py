@@ -16,6 +16,7 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import Final
 
 from xxhash import xxh3_128_digest
 
@@ -38,6 +39,9 @@ from kvindexer.types import SourceSpec
 
 _log = logging.getLogger(__name__)
 
+_QUESTIONS: Final = 3
+"""So often an engine was asked, at least, before a life that it did not confirm may take the place of another one."""
+
 
 class RedisKeeper:
     """The copy in Redis of everything that one replica follows."""
@@ -59,7 +63,7 @@ class RedisKeeper:
         self.jobs = Jobs(
             settings, server, shelf, troubles, self.writing, spawn=self._spawn, follow_anew=fleet.follow_anew
         )
-        self.checks = Checks(settings, server, shelf, troubles, Checker(server, fleet.index, self.writing.slice))
+        self.checks = Checks(settings, server, shelf, troubles, Checker(server, fleet.index))
         known = await self._beat.first()
         loops = [
             self._spawn(self._beat.loop(fleet, self.writing), "beat"),
@@ -99,7 +103,13 @@ class RedisKeeper:
     def follow(self, source: str, spec: SourceSpec, stream: Stream, dial: Callable[[], None]) -> None:
         """See `Keeper.follow`."""
         settings = self._settings
-        shard = Shard(stream, flush_interval_s=settings.store_flush_interval_s, takeover_s=settings.store_takeover_s)
+        question_s = settings.replay_retry_max_s + settings.replay_timeout_s
+        shard = Shard(
+            stream,
+            flush_interval_s=settings.store_flush_interval_s,
+            takeover_s=settings.store_takeover_s,
+            proof_patience_s=_QUESTIONS * question_s if spec.replay else 0.0,
+        )
         before = self.shelf.sources.get(source)
         if before is not None:
             before.dropped = True

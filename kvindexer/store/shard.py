@@ -40,8 +40,6 @@ EAGER_RECORDS: Final = 2_048
 _STAGNANT_TURNS: Final = 5
 """Take-over times without any progress after which nobody seems to write a shard any more."""
 _LOAD_PAUSE_S: Final = 60.0
-_PROOF_S: Final = 1.0
-"""Longer than an engine's answer is under way: a proof that comes later was given later than what it is about."""
 _MESSAGE_BYTES: Final = 256
 """About what the journal keeps of a message beside its hashes."""
 
@@ -66,8 +64,8 @@ class Local(Protocol):
         """Not in the midst of taking in a life from its start."""
 
     @property
-    def verified_at(self) -> float | None:
-        """When the life was last proven to be the engine's present one, with nothing lost."""
+    def proven_at(self) -> float | None:
+        """When the engine was asked that said last that this is its present life, with nothing lost."""
 
 
 class Wait(NamedTuple):
@@ -145,11 +143,14 @@ class Shard:
         flush_interval_s: float = 0.5,
         takeover_s: float = 3.0,
         max_pending_bytes: int = 2**20,
+        proof_patience_s: float = 0.0,
     ) -> None:
         self._local = local
         self.registration = registration
         self.flush_interval_s = flush_interval_s
         self._takeover_s = takeover_s
+        self._proof_patience_s = proof_patience_s
+        """Within which the engine, if it is there, has said which life it lives: it was asked several times."""
         self.max_pending_bytes = max_pending_bytes
         self.epoch: int | None = None
         """The agreed number of the life we follow; None as long as it is not known."""
@@ -168,6 +169,7 @@ class Shard:
         self._trouble_at: float | None = None
         self.remote: Found | None = None
         self._remote_since = 0.0
+        self._written_at = 0.0
         self._loaded_at: float | None = None
         self.divergent = False
         """Redis was found to hold something else than memory at the same checkpoint."""
@@ -224,10 +226,10 @@ class Shard:
 
     # What Redis says
 
-    def read(self, found: Found, now: float) -> None:
-        """The meta hash, as it was at `now`; what was asked for before our last write is old news."""
+    def read(self, found: Found, now: float, asked_at: float | None = None) -> None:
+        """The meta hash, as it was at some time since `asked_at`; what was asked for before our last write is old."""
         before = self.remote
-        if before is not None and now < self._remote_since:
+        if before is not None and asked_at is not None and asked_at < self._written_at:
             return
         self.remote = found
         if before is None or _position(before) != _position(found):
@@ -236,13 +238,13 @@ class Shard:
         if meta is not None and meta.checkpoint.epoch == self.epoch and self._kin(meta.checkpoint) is _Kin.SAME:
             self._trim(meta.checkpoint.next)
 
-    def stored(self, meta: Meta, now: float) -> None:
-        """A flush or rewrite of ours is in Redis."""
+    def stored(self, meta: Meta, now: float, *, anew: bool = False) -> None:
+        """What we wrote is in Redis; `anew`: all of it, so that nothing can differ."""
         self.epoch = meta.checkpoint.epoch
         self.remote = Found(meta, None)
-        self._remote_since = now
+        self._remote_since = self._written_at = now
         self._trouble_at = None
-        self.divergent = False
+        self.divergent = self.divergent and not anew
         self._trim(meta.checkpoint.next)
 
     def _trim(self, upto: int) -> None:
@@ -317,7 +319,8 @@ class Shard:
                 self._trim(theirs.next)
             return self._go_on(meta, now)
         proven = self._up_to_date and kin is not _Kin.UNKNOWN
-        if not proven and (kin is _Kin.AHEAD or not self._stagnant(now)):
+        waited = self._stagnant(now) and now - self._remote_since >= self._proof_patience_s
+        if not proven and (kin is _Kin.AHEAD or not waited):
             return Wait(_DOUBTS[kin])
         return self._rewrite(theirs.epoch, theirs.epoch + 1, "Redis has a life that is over", now)
 
@@ -370,8 +373,11 @@ class Shard:
 
     @property
     def _up_to_date(self) -> bool:
-        """Whether the engine has proven our life since Redis holds what it holds: then it has nothing newer."""
-        return self._local.verified_at is not None and self._local.verified_at > self._remote_since + _PROOF_S
+        """Whether the engine was asked after we saw what Redis holds, and proved our life: then it has nothing newer.
+
+        When the answer came says nothing: it may have been under way for long, and the engine restarted meanwhile.
+        """
+        return self._local.proven_at is not None and self._local.proven_at > self._remote_since
 
     def _stagnant(self, now: float) -> bool:
         """Whether nobody has written the shard for long."""

@@ -190,7 +190,7 @@ class Writing:
                 upto, generation, buckets, answer, facts, self._replica, kept.source, kept.packed_spec,
                 shard.registration,
             )  # fmt: skip
-            shard.stored(written, self._clock())
+            shard.stored(written, self._clock(), anew=True)
             kept.stream.epoch = Epoch(step.epoch)
         tell(_log, logging.INFO, "shard written", source=kept.source, records=answer, why=step.why)
         if before is not None:
