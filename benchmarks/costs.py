@@ -51,7 +51,7 @@ REPORTS: Final = 3
 UNHEARD: Final = 540
 """Prompts that are as good as new when their turn comes again: they are several times what heat has room for."""
 
-NEITHER, HEAT, REPORTED, ALL = "neither", "heat", "reports", "all"
+NEITHER, HEAT, REPORTED, ALL, ALL_TRUNK = "neither", "heat", "reports", "all", "all, trunk"
 TRUNK, ALIKE = "routed, trunk", "routed, alike"
 NEITHER_NEW, HEAT_NEW = "neither, new prompts", "heat, new prompts"
 WITH_NEW: Final = {NEITHER: NEITHER_NEW, HEAT: HEAT_NEW}
@@ -128,18 +128,18 @@ class _Side:
     @property
     def routed(self) -> str | None:
         """The kind of prompts that it is told of."""
-        return ALIKE if self.name == ALL else self.name if self.name in {TRUNK, ALIKE} else None
+        return {ALL: ALIKE, ALL_TRUNK: TRUNK, ALIKE: ALIKE, TRUNK: TRUNK}.get(self.name)
 
     @property
     def is_reported(self) -> bool:
-        return self.name in {REPORTED, ALL}
+        return self.name in {REPORTED, ALL, ALL_TRUNK}
 
 
 def run(contender: Contender, effort: CostEffort) -> Costs:
     """Fill the services and measure."""
     costs = Costs()
     plain = replace(contender, environment=WITHOUT_HEAT)
-    kinds = dict.fromkeys((NEITHER, TRUNK, ALIKE, REPORTED), plain) | dict.fromkeys((HEAT, ALL), contender)
+    kinds = dict.fromkeys((NEITHER, TRUNK, ALIKE, REPORTED), plain) | dict.fromkeys((HEAT, ALL, ALL_TRUNK), contender)
     with Arena(Scale(engines=ENGINES, entries=ENTRIES)) as arena, ExitStack() as stack:
         prompts, routed = _prompts(arena)
         unheard = _unheard(arena)

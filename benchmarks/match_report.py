@@ -31,6 +31,7 @@ SAID: Final = {
     costing.TRUNK: f"{costing.ROUTED} routed prompts that share the trunk",
     costing.ALIKE: f"{costing.ROUTED} routed prompts that go on alike",
     costing.REPORTED: "engines' reports",
+    costing.ALL_TRUNK: "heat, reports, and prompts that share the trunk",
     costing.ALL: "heat, reports, and prompts that go on alike",
 }
 
