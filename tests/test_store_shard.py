@@ -13,6 +13,21 @@ def meta(upto: int) -> Meta:
     return Meta(checkpoint, "aaaaaaaa", 1, 10, b"", "a", "tcp://10.0.0.1:5557", b"{}", 1)
 
 
+def another_life() -> Found:
+    """What Redis holds of another life of the engine."""
+    return Found(meta(9)._replace(checkpoint=Checkpoint(2, 9, b"other", b"another birth", Coverage(2, 0))), None)
+
+
+def proven_at_once() -> Stream:
+    """A stream whose engine has confirmed its life right after the start."""
+    stream = Stream(StreamSettings())
+    stream.start(0.0)
+    stream.connected(1.0)
+    stream.replay_frame(0, b"first", 1.0)
+    stream.replay_end(1.0)
+    return stream
+
+
 def test_what_was_read_before_our_last_write_does_not_take_it_back() -> None:
     """An answer may be under way while a write is carried out: believed, it would look like lost messages."""
     shard = Shard(Stream(StreamSettings()))
@@ -45,17 +60,12 @@ def test_only_what_is_written_anew_ends_a_divergence() -> None:
 
 def test_a_proof_that_was_asked_for_before_another_life_was_seen_proves_nothing_against_it() -> None:
     """Its answer may have been under way while the engine was restarted, for however long."""
-    stream = Stream(StreamSettings())
-    stream.start(0.0)
-    stream.connected(1.0)
-    stream.replay_frame(0, b"first", 1.0)
-    stream.replay_end(1.0)
+    stream = proven_at_once()
     shard = Shard(stream)
     shard.epoch = 1
     stream.tick(50.0)
     assert stream.replays == 1
-    other = meta(9)._replace(checkpoint=Checkpoint(2, 9, b"other", b"another birth", Coverage(2, 0)))
-    shard.read(Found(other, None), now=52.0, asked_at=51.5)
+    shard.read(another_life(), now=52.0, asked_at=51.5)
     stream.replay_frame(0, b"first", 60.0)
     stream.replay_end(60.0)
     assert stream.replays == 2
@@ -71,14 +81,9 @@ def test_a_proof_that_was_asked_for_before_another_life_was_seen_proves_nothing_
 
 def test_an_engine_has_time_to_say_which_life_it_lives() -> None:
     """A replica that comes back asks it again only when its pause between questions is over."""
-    stream = Stream(StreamSettings())
-    stream.start(0.0)
-    stream.connected(1.0)
-    stream.replay_frame(0, b"first", 1.0)
-    stream.replay_end(1.0)
+    stream = proven_at_once()
     shard = Shard(stream, takeover_s=3.0, proof_patience_s=105.0)
     shard.epoch = 1
-    other = meta(9)._replace(checkpoint=Checkpoint(2, 9, b"other", b"another birth", Coverage(2, 0)))
-    shard.read(Found(other, None), now=50.0)
+    shard.read(another_life(), now=50.0)
     assert isinstance(shard.decide(50.0 + 104.0), Wait)
     assert isinstance(shard.decide(50.0 + 106.0), Rewrite)
