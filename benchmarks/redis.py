@@ -16,8 +16,16 @@ from servers import HOST, Server
 
 POLL_S: Final = 0.02
 PATIENCE_S: Final = 60.0
-LAST: Final = 19
-"""The niceness of whoever gets what others leave."""
+
+
+def give_way(pid: int, *, yes: bool = True) -> None:
+    """Let everybody else go first where there are not enough cores, at any moment; or be like everybody again.
+
+    The largest niceness does not do: it still takes a core for milliseconds once it has one.
+    """
+    policy = os.SCHED_IDLE if yes else os.SCHED_OTHER
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
 
 
 class Redis:
@@ -70,9 +78,9 @@ class Redis:
             shards = shards if len(shards) == sources else self.shards()
         return time.monotonic()
 
-    def give_way(self) -> None:
-        """Let everybody else go first where there are not enough cores."""
-        os.setpriority(os.PRIO_PROCESS, int(self._client.info("server")["process_id"]), LAST)
+    def give_way(self, *, yes: bool = True) -> None:
+        """Take no core away from anybody, as if it had its own; or do."""
+        give_way(int(self._client.info("server")["process_id"]), yes=yes)
 
     def flush(self) -> None:
         """Forget everything."""

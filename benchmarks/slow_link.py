@@ -12,7 +12,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
-from benchmarks.redis import LAST
+from benchmarks.redis import give_way
 from kvindexer.testing.proxy import FaultProxy, LinkFaults
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class SlowLink:
 
 def main() -> None:
     """Be the link, one that takes no core away from the service."""
-    os.nice(LAST)
     with FaultProxy("127.0.0.1", int(sys.argv[1])) as proxy:
+        give_way(os.getpid())
         print(proxy.port, flush=True)
         for line in sys.stdin:
             proxy.faults = LinkFaults(latency_s=float(line))

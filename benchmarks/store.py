@@ -1,9 +1,10 @@
 """What Redis costs: the same service with `--store memory` and with a copy in Redis, in the same run.
 
 Writing: fresh services are filled at 86,000 blocks/s and all at once: CPU of both sides, and how far Redis lags.
-Latency: queries during ingest at two paces, with Redis up, stopped, slow, down, and back without its data; and once
-more without Redis, which says how much is chance.  Redis and the slow link give way to everybody else meanwhile: what
-is asked is whether the service lets queries wait, and where Redis has cores of its own it takes none from them.
+Latency: queries during ingest at two paces, with Redis up, stopped, slow, down, and back without its data, each in
+turn with none; and once more without Redis, which says how much is chance.  But for one condition Redis and the
+slow link give way to everybody else: what is asked is whether the service lets queries wait, and a Redis elsewhere
+takes no core from anybody.
 Warm start: a service dies, its engines live on; another one starts from what Redis has.
 """
 
@@ -40,11 +41,13 @@ MEMORY: Final = "memory"
 REDIS: Final = "Redis"
 AGAIN: Final = "memory again"
 UP: Final = "up"
+BESIDE: Final = "up, on the same cores"
+"""It takes them from the service, the engines and who asks, like everybody."""
 STOPPED: Final = "stopped"
 SLOW: Final = "slow"
 DOWN: Final = "down"
 REFILLED: Final = "back, empty"
-CONDITIONS: Final = (AGAIN, UP, STOPPED, SLOW, DOWN, REFILLED)
+CONDITIONS: Final = (AGAIN, UP, BESIDE, STOPPED, SLOW, DOWN, REFILLED)
 PACES: Final = (20_000, int(measure.RATE))
 """Blocks a second while queries are asked: a fleet at work, and all that one core takes beside them."""
 AT_A_TIME: Final = 100
@@ -60,8 +63,8 @@ class StoreEffort:
     """How long to measure."""
 
     writing_rounds: int = 2
-    latency_rounds: int = 3
-    busy_s: float = 4.0
+    latency_rounds: int = 8
+    busy_s: float = 1.5
     starts: int = 2
     growth: int = 3
     """The larger index has so many times the workload's entries."""
@@ -219,7 +222,17 @@ class Bench:
             pace: messages.further(self._arena.workload, int(pace * self._effort.busy_s)) for pace in PACES
         }
         with self.fresh(self.direct) as kept:
-            self._rounds(plain, kept, {UP: _nothing, STOPPED: self._stopped, DOWN: self._down})
+            self._rounds(
+                plain,
+                kept,
+                {
+                    AGAIN: _nothing,
+                    UP: _nothing,
+                    STOPPED: self._stopped,
+                    BESIDE: self._beside,
+                    DOWN: self._down,
+                },
+            )
         with SlowLink(self._redis.server.port) as link:
             distant = _with_store(self._contender, f"redis://127.0.0.1:{link.port}")
             with self.fresh(distant) as kept:
@@ -236,39 +249,50 @@ class Bench:
                 self._round(plain, kept, conditions, pace, turn)
 
     def _round(self, plain: Running, kept: Running, conditions: Conditions, pace: int, turn: int) -> None:
-        """Ratios are those to `--store memory` in the same round."""
-        stores, removals = self._further[pace]
-        times: dict[str, Times] = {}
-        plan = [(plain, MEMORY, _nothing), *((kept, name, during) for name, during in conditions.items())]
-        if UP in conditions:
-            plan.insert(len(plan) // 2, (plain, AGAIN, _nothing))
-        for one, name, during in measure.turns(plan, turn):
-            spools = self._arena.spool(stores), self._arena.spool(removals)
-            for spool in spools:
-                one.fleet.load(spool.path)
-            time.sleep(measure.SETTLE_S)
-            with during():
-                times[name] = self._ask_both(one, spools[0], pace)
-            if name == DOWN:
-                times[REFILLED] = self._ask_until_in_step(one)
-            one.fleet.begin(spools[1].path, 0)
-            one.fleet.finish()
-            one.reach(spools[1].mark)
-            if one is kept:
-                self._in_step(one)
-        for route in (BY_HASH, BY_TOKENS):
-            base = percentiles(times[MEMORY][route])
-            for name, its_times in times.items():
-                found = percentiles(its_times[route])
-                for figure, value, of in (("p50", found.p50, base.p50), ("p99", found.p99, base.p99)):
-                    self.samples.add(f"{route} {figure} {pace}", name, value)
-                    self.samples.add(f"{route} {figure} {pace} ratio", name, value / of)
+        """Ratios are to `--store memory` just before or after: a shared machine's speed changes by the second."""
+        for number, (name, during) in enumerate(measure.turns(list(conditions.items()), turn)):
+            other = plain if name == AGAIN else kept
+            times: dict[str, Times] = {}
+            for one, who in measure.turns(((plain, MEMORY), (other, name)), turn + number):
+                times |= self._segment(one, who, during if who == name else _nothing, pace)
+            for route in (BY_HASH, BY_TOKENS):
+                base = percentiles(times[MEMORY][route])
+                for who, its_times in times.items():
+                    found = percentiles(its_times[route])
+                    for figure, value, of in (("p50", found.p50, base.p50), ("p99", found.p99, base.p99)):
+                        self.samples.add(f"{route} {figure} {pace}", who, value)
+                        self.samples.add(f"{route} {figure} {pace} ratio", who, value / of)
+
+    def _segment(
+        self, one: Running, name: str, during: Callable[[], AbstractContextManager[None]], pace: int
+    ) -> dict[str, Times]:
+        """Ask while blocks arrive, which are removed again afterwards."""
+        spools = [self._arena.spool(messages) for messages in self._further[pace]]
+        for spool in spools:
+            one.fleet.load(spool.path)
+        time.sleep(measure.SETTLE_S)
+        with during():
+            times = {name: self._ask_both(one, spools[0], pace)}
+        if name == DOWN:
+            times[REFILLED] = self._ask_until_in_step(one)
+        one.fleet.begin(spools[1].path, 0)
+        one.fleet.finish()
+        one.reach(spools[1].mark)
+        if name not in {MEMORY, AGAIN}:
+            self._in_step(one)
+        return times
 
     @contextmanager
     def _stopped(self) -> Iterator[None]:
         self._redis.server.pause()
         yield
         self._redis.server.resume()
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        self._redis.give_way(yes=False)
+        yield
+        self._redis.give_way()
 
     @contextmanager
     def _down(self) -> Iterator[None]:

@@ -42,6 +42,7 @@ from kvindexer.events.fleet import LeastTrusted, LiveFleet
 from kvindexer.events.keeping import Keeper, Nobody
 from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import Index, IndexLimits
+from kvindexer.lull import Lull
 from kvindexer.reload import Reloads
 from kvindexer.settings import Settings
 from kvindexer.settings.tokenizer import key_of
@@ -104,12 +105,12 @@ def open_tracing(settings: Settings, count: CountSpans = lambda _, __: None) -> 
     return Spans(settings, count)
 
 
-def open_keeper(settings: Settings, tracing: Tracing | None = None) -> Keeper:
+def open_keeper(settings: Settings, lull: Lull, tracing: Tracing | None = None) -> Keeper:
     """Who keeps a copy of the index; the one place where one is chosen."""
     if settings.store.kind == "memory":
         return Nobody()
     server = ShardServer(open_client(settings), Names(settings.store_namespace), settings.store_timeout_s)
-    return RedisKeeper(settings, (tracing or Tracing()).server(server), replica_name(settings))
+    return RedisKeeper(settings, (tracing or Tracing()).server(server), replica_name(settings), lull)
 
 
 def open_texts(
@@ -198,14 +199,15 @@ async def _serve(settings: Settings, sockets: _Sockets, reloads: Reloads) -> Non
     metrics = Metrics()
     speculation = Speculation(settings.max_speculative_blocks)
     tracing = open_tracing(settings, metrics.spans)
-    keeper, finder = open_keeper(settings, tracing), open_finder(settings)
+    lull = Lull()
+    keeper, finder = open_keeper(settings, lull, tracing), open_finder(settings)
     fleet = LiveFleet(settings, partial(open_index, settings), metrics, keeper, speculation, finder=finder)
     metrics.watch(fleet)
     texts = open_texts(settings, metrics.text, tracing)
     access = open_access(settings)
     index = tracing.index(fleet.index)
     app = create_app(settings, index, fleet, metrics, texts, speculation=speculation, access=access)
-    config = configured(tracing.requests(app), settings, access.context)
+    config = configured(tracing.requests(app), settings, access.context, lull)
     probes = create_probes(settings, fleet, metrics, access.problems)
     async with (
         tracing.running(),

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvindexer.events.fleet import LiveFleet
 from kvindexer.index.engine import PyIndex
+from kvindexer.lull import Lull
 from kvindexer.service import open_finder
 from kvindexer.settings import Settings
 from kvindexer.store.connect import open_client
@@ -51,7 +52,7 @@ class Replica:
 async def replica(url: str, name: str = "a", **settings: Any) -> AsyncIterator[Replica]:
     """Run a replica with its own index; `sources` among the settings are followed from the start."""
     chosen = Settings(**{**QUICK, **KEEP_QUICK, "store": url, "replica": name, **settings})
-    keeper = RedisKeeper(chosen, _server(chosen), name)
+    keeper = RedisKeeper(chosen, _server(chosen), name, Lull())
     finder = open_finder(chosen)
     fleet = LiveFleet(chosen, lambda least: PyIndex(None, chosen.media, least), Uncounted(), keeper, finder=finder)
     async with fleet.running():

@@ -22,6 +22,7 @@ from xxhash import xxh3_128_digest
 from kvindexer.events.states import Action, Apply, Ask, Withdraw
 from kvindexer.events.stream import Stream, StreamSettings
 from kvindexer.index.engine import PyIndex
+from kvindexer.lull import Lull
 from kvindexer.settings import Settings
 from kvindexer.store import layout
 from kvindexer.store.connect import open_client
@@ -101,15 +102,14 @@ class Engine:
         return next((life for life in self.lives if life and xxh3_128_digest(life[0]) == birth), None)
 
 
-class Interrupted(Writing):
-    """Made ready two records at a time; what is on its way arrives between them."""
+class Interrupted(Lull):
+    """Whenever work gives way, one more message of what is on its way arrives."""
 
     def __init__(self, replica: Replica) -> None:
-        machine = replica.machine
-        super().__init__(machine.server, replica.index, replica.name, lambda: machine.now, piece_records=2)
+        super().__init__()
         self._side = replica
 
-    async def slice(self) -> None:
+    async def wait(self) -> None:
         """One more message has arrived."""
         self._side.hear(most=1)
 
@@ -132,7 +132,9 @@ class Replica:
         self.machine = machine
         self.name = name
         self.index = PyIndex()
-        self.writing = Interrupted(self)
+        self.writing = Writing(
+            machine.server, self.index, name, Interrupted(self), clock=lambda: machine.now, piece_records=2
+        )
         self.writes = 0
         self.kept: KeptSource | None = None
         self.follow()

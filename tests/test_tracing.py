@@ -25,6 +25,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from kvindexer.api.metrics import Metrics
 from kvindexer.errors import SettingsError
+from kvindexer.lull import Lull
 from kvindexer.service import open_keeper, open_texts, open_tracing
 from kvindexer.settings import Settings, load_settings
 from kvindexer.testing import FakeEngine
@@ -311,7 +312,7 @@ def test_a_missing_extra_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(SettingsError, match=r"otlp_endpoint.*pip install 'kvindexer\[otel\]'"):
         open_tracing(Settings(otlp_endpoint="http://127.0.0.1:4318"))
     assert open_texts(Settings()) is not None
-    assert open_keeper(Settings()) is not None
+    assert open_keeper(Settings(), Lull()) is not None
 
 
 @pytest.mark.parametrize(

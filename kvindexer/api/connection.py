@@ -22,6 +22,7 @@ from kvindexer.api.doors import CERTIFICATE
 from kvindexer.api.errors import error_body
 from kvindexer.api.limits import RETRY_AFTER_S
 from kvindexer.errors import RequestError
+from kvindexer.lull import Lull
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 
@@ -36,9 +37,11 @@ class ConnectionLimits:
 
 
 class Connection(HttpToolsProtocol):
-    """Uvicorn's protocol; `bounded` gives a class with other limits."""
+    """Uvicorn's protocol; `bounded` gives a class of its own."""
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
+    lull: ClassVar[Lull | None] = None
+    """Who is to give way to requests."""
 
     _in_head = True
     """The next byte is one of a request's head, or the first one of the next head."""
@@ -72,6 +75,8 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
+        if self.lull is not None:
+            self.lull.disturb()
         expected, heads = self._in_head, self._heads
         super().data_received(data)
         # a head that is not complete, or stray line ends, with which a client could keep an idle connection
@@ -169,6 +174,6 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
 
-def bounded(limits: ConnectionLimits) -> type[Connection]:
-    """Connections with these limits."""
-    return type("Connection", (Connection,), {"limits": limits})
+def bounded(limits: ConnectionLimits, lull: Lull | None = None) -> type[Connection]:
+    """Connections with these limits, that say when somebody asks."""
+    return type("Connection", (Connection,), {"limits": limits, "lull": lull})

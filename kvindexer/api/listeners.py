@@ -25,11 +25,12 @@ from starlette.types import ASGIApp
 from kvindexer.access.kept import Trouble
 from kvindexer.api import health
 from kvindexer.api.body import BodyReader
-from kvindexer.api.connection import ConnectionLimits, bounded
+from kvindexer.api.connection import Connection, ConnectionLimits, bounded
 from kvindexer.api.fleet import Fleet
 from kvindexer.api.limits import PROBES
 from kvindexer.api.metrics import Metrics
 from kvindexer.api.shield import Shield
+from kvindexer.lull import Lull
 from kvindexer.settings import Settings
 from kvindexer.watching.requests import RequestLog
 
@@ -74,22 +75,24 @@ class Unsignalled(Listener):
         yield
 
 
-def configured(app: ASGIApp, settings: Settings, context: ssl.SSLContext | None = None) -> uvicorn.Config:
+def configured(
+    app: ASGIApp, settings: Settings, context: ssl.SSLContext | None = None, lull: Lull | None = None
+) -> uvicorn.Config:
     """How the service's own port is served."""
     limits = ConnectionLimits(
         receive_timeout_s=settings.receive_timeout_s,
         send_timeout_s=settings.send_timeout_s,
         max_connections=settings.max_connections,
     )
-    return _config(app, settings, limits, context)
+    return _config(app, settings, bounded(limits, lull), context)
 
 
 def _config(
-    app: ASGIApp, settings: Settings, limits: ConnectionLimits, context: ssl.SSLContext | None = None
+    app: ASGIApp, settings: Settings, connection: type[Connection], context: ssl.SSLContext | None = None
 ) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
-        http=bounded(limits),
+        http=connection,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -126,7 +129,7 @@ async def probed(settings: Settings, app: ASGIApp, listener: socket.socket | Non
         max_connections=PROBE_CONNECTIONS,
     )
     _log.info("probes on http://%s:%d", *listener.getsockname()[:2])
-    server = Unsignalled(_config(app, settings, limits))
+    server = Unsignalled(_config(app, settings, bounded(limits)))
     task = asyncio.create_task(server.serve(sockets=[listener]), name="kvindexer-probes")
     try:
         yield

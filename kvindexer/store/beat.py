@@ -26,7 +26,6 @@ from kvindexer.store.layout import Found, UnreadableError, pack_spec, shard_tag,
 from kvindexer.store.server import ShardServer
 from kvindexer.store.shelf import AT_A_TIME, Shelf
 from kvindexer.store.troubles import CONNECTION, Troubles
-from kvindexer.store.writing import Writing
 from kvindexer.types import SourceSpec
 
 _log = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ class Beat:
         with suppress(StoreError):
             await self._server.beat(self._shelf.replica, self._forget_after_s, leaving=True)
 
-    async def loop(self, fleet: Kept, writing: Writing) -> None:
+    async def loop(self, fleet: Kept) -> None:
         """Beat until it is cancelled."""
         while True:
             with suppress(TimeoutError):
@@ -114,7 +113,7 @@ class Beat:
                 await self._beat()
                 await self.publish()
                 self._take_in(fleet, await self._news())
-                await self._read_shards(writing)
+                await self._read_shards()
                 await self._bury()
             except StoreError as error:
                 self._shelf.reachable = False
@@ -191,14 +190,14 @@ class Beat:
                     _log.warning("source %s of the store is not followed: %s", source, error)
         return specs
 
-    async def _read_shards(self, writing: Writing) -> None:
+    async def _read_shards(self) -> None:
         """See what Redis holds of each source, and give back what nobody needs."""
         followed = [kept for kept in self._shelf.sources.values() if not kept.busy]
         asked_at = time.monotonic()
         answers = await self._server.read([kept.tag for kept in followed])
         for looked_at, (kept, found) in enumerate(zip(followed, answers, strict=True)):
             if looked_at % AT_A_TIME == AT_A_TIME - 1:
-                await writing.slice()
+                await self._shelf.lull.wait()
             if kept.dropped or kept.busy:
                 continue
             if isinstance(found, UnreadableError):

@@ -16,6 +16,7 @@ from typing import Final
 
 from kvindexer.errors import StoreError
 from kvindexer.index.seam import Index
+from kvindexer.lull import Lull
 from kvindexer.settings import Settings
 from kvindexer.store.kept import KeptSource
 from kvindexer.store.layout import Meta, UnreadableError
@@ -87,9 +88,10 @@ class Checks:
 class Checker:
     """Compares shards with memory, and rests in between: it is in no hurry, and others are."""
 
-    def __init__(self, server: ShardServer, index: Index) -> None:
+    def __init__(self, server: ShardServer, index: Index, lull: Lull) -> None:
         self._server = server
         self._index = index
+        self._lull = lull
         self._rested_at = 0.0
 
     async def compare(self, kept: KeptSource) -> int | None:
@@ -124,6 +126,7 @@ class Checker:
         """Stay away for many times as long as was worked: all of a check is a few percent of a core."""
         worked_s = time.monotonic() - self._rested_at
         await asyncio.sleep(min(_REST * worked_s, _MOST_REST_S))
+        await self._lull.wait()
         self._rested_at = time.monotonic()
 
     async def _comparable(self, kept: KeptSource) -> Meta | None:
@@ -158,7 +161,7 @@ class Checker:
             return None  # it moves too fast just now; the next check is another try
         here: list[bytes] = []
         for start in range(0, len(suspects), _HASHES):
-            await asyncio.sleep(0)
+            await self._lull.wait()
             here += self._index.records(kept.source, suspects[start : start + _HASHES])
         upto = after.checkpoint.next
         if kept.dropped or kept.shard.base > upto:

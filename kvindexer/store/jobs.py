@@ -95,7 +95,7 @@ class Jobs:
         now, interval_s = time.monotonic(), self._interval_s()
         for looked_at, kept in enumerate(list(self._shelf.sources.values())):
             if looked_at % AT_A_TIME == AT_A_TIME - 1:
-                await self._writing.slice()
+                await self._shelf.lull.wait()
             kept.shard.flush_interval_s = interval_s
             if kept.busy or kept.dropped or not kept.dialled:
                 continue
@@ -118,7 +118,7 @@ class Jobs:
         """Decide again when it is our turn, for what is written must be what is decided on."""
         async with self._slots:
             try:
-                await self._writing.slice()
+                await self._shelf.lull.wait()
                 await self._do(kept, kept.shard.decide(time.monotonic()))
             finally:
                 kept.busy = False

@@ -24,6 +24,7 @@ from kvindexer.errors import KvIndexerError, StoreError
 from kvindexer.events.keeping import Kept, Stored, StoreFigures, StoreProblem
 from kvindexer.events.stream import Stream
 from kvindexer.index.seam import Change
+from kvindexer.lull import Lull
 from kvindexer.settings import Settings
 from kvindexer.store.beat import Beat
 from kvindexer.store.check import Checker, Checks
@@ -46,11 +47,11 @@ _QUESTIONS: Final = 3
 class RedisKeeper:
     """The copy in Redis of everything that one replica follows."""
 
-    def __init__(self, settings: Settings, server: ShardServer, replica: str) -> None:
+    def __init__(self, settings: Settings, server: ShardServer, replica: str, lull: Lull) -> None:
         self._settings = settings
         self._server = server
         self.replica = replica
-        self.shelf = Shelf(settings, replica)
+        self.shelf = Shelf(settings, replica, lull)
         self._troubles = Troubles()
         self._beat = Beat(settings, server, self.shelf, self._troubles)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -59,14 +60,14 @@ class RedisKeeper:
     async def running(self, fleet: Kept) -> AsyncIterator[Sequence[SourceSpec]]:
         """See `Keeper.running`."""
         settings, server, shelf, troubles = self._settings, self._server, self.shelf, self._troubles
-        self.writing = Writing(server, fleet.index, self.replica)
+        self.writing = Writing(server, fleet.index, self.replica, shelf.lull)
         self.jobs = Jobs(
             settings, server, shelf, troubles, self.writing, spawn=self._spawn, follow_anew=fleet.follow_anew
         )
-        self.checks = Checks(settings, server, shelf, troubles, Checker(server, fleet.index))
+        self.checks = Checks(settings, server, shelf, troubles, Checker(server, fleet.index, shelf.lull))
         known = await self._beat.first()
         loops = [
-            self._spawn(self._beat.loop(fleet, self.writing), "beat"),
+            self._spawn(self._beat.loop(fleet), "beat"),
             self._spawn(self.jobs.loop(), "write"),
             self._spawn(self.checks.loop(), "check"),
         ]

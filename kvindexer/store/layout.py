@@ -37,10 +37,8 @@ _FRESH_BUCKET_ENTRIES: Final = 48
 _GROWTH: Final = 4
 MAX_BUCKETS: Final = 2**20
 MAX_RECORD_BYTES: Final = 2**16 - 1
-_GROUP: Final = 1000
-"""Records of one bucket in one piece: Lua passes at most 8,000 values to a call."""
 
-_BUCKET_HEAD: Final = struct.Struct("<IH")
+_BUCKET_HEAD: Final = struct.Struct("<II")
 _RECORD_HEAD: Final = struct.Struct("<QH")
 
 # What of a source decides what its events mean: another value makes another shard.  Readers, for instance, do not.
@@ -174,22 +172,26 @@ def overfull(entries: int, buckets: int) -> bool:
 class Packing:
     """Records on their way into one command, ordered by bucket, as the scripts read them (see lua/common.lua).
 
-    Of two records of a hash the one that was added later counts; an empty record takes one away.
+    A hash is packed once; an empty record takes one away.
     """
 
     def __init__(self, buckets: int) -> None:
         self._mask = buckets - 1
-        self._by_bucket: dict[int, list[bytes]] = defaultdict(list)
+        self._by_bucket: dict[int, bytearray] = defaultdict(bytearray)
 
     def add(self, hashes: Sequence[int], records: Sequence[bytes]) -> None:
         """Some more."""
         by_bucket, mask, pack_head = self._by_bucket, self._mask, _RECORD_HEAD.pack
         for block_hash, record in zip(hashes, records, strict=True):
-            by_bucket[block_hash & mask].append(pack_head(block_hash, len(record)) + record)
+            by_bucket[block_hash & mask] += pack_head(block_hash, len(record)) + record
 
     def packed(self) -> bytes:
         """All of it."""
-        return b"".join(_bucket_pieces(self._by_bucket))
+        return b"".join(
+            part
+            for bucket, packed in self._by_bucket.items()
+            for part in (_BUCKET_HEAD.pack(bucket, len(packed)), packed)
+        )
 
 
 def pack_records(hashes: Sequence[int], records: Sequence[bytes], buckets: int) -> bytes:
@@ -197,14 +199,6 @@ def pack_records(hashes: Sequence[int], records: Sequence[bytes], buckets: int) 
     packing = Packing(buckets)
     packing.add(hashes, records)
     return packing.packed()
-
-
-def _bucket_pieces(by_bucket: Mapping[int, list[bytes]]) -> Iterable[bytes]:
-    for bucket, pieces in by_bucket.items():
-        for start in range(0, len(pieces), _GROUP):
-            group = pieces[start : start + _GROUP]
-            yield _BUCKET_HEAD.pack(bucket, len(group))
-            yield from group
 
 
 def read_meta(values: Mapping[bytes, bytes]) -> Found:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
+from kvindexer.lull import Lull
 from kvindexer.settings import Settings
 from kvindexer.store.kept import KeptSource
 from kvindexer.store.turns import turn
@@ -21,8 +22,10 @@ _LEAST_PENDING_BYTES: Final = 64 * 1024
 class Shelf:
     """What the parts of a keeper have in common."""
 
-    def __init__(self, settings: Settings, replica: str) -> None:
+    def __init__(self, settings: Settings, replica: str, lull: Lull) -> None:
         self.replica = replica
+        self.lull = lull
+        """When to go on with what can wait."""
         self.replicas: tuple[str, ...] = (replica,)
         """Those that were heard lately, with this one."""
         self.reachable = False

@@ -8,7 +8,6 @@ in pieces too, and sent as one.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 import time
@@ -18,6 +17,7 @@ from typing import Final
 
 from kvindexer.errors import StoreError
 from kvindexer.index.seam import Index
+from kvindexer.lull import Lull
 from kvindexer.store.kept import KeptSource
 from kvindexer.store.layout import (
     MAX_RECORD_BYTES,
@@ -38,13 +38,13 @@ from kvindexer.watching.logs import tell
 
 _log = logging.getLogger(__name__)
 
-PIECE_RECORDS: Final = 256
-"""Records that are packed at once: up to a millisecond, between which queries get their turn."""
-_REST_PIECES: Final = 8
+PIECE_RECORDS: Final = 128
+"""Records that are packed at once: 0.2 ms, between which queries get their turn."""
+_REST_PIECES: Final = 16
 """What changed while all else was made ready may be so much, and is made in one go: slices of ingest lie between."""
-_COMMAND_PIECES: Final = 4
+_COMMAND_PIECES: Final = 8
 """Pieces of one command, which costs as much as hundreds of records; the more, the more share a bucket."""
-_MOST_PIECES_BEHIND: Final = 8_000
+_MOST_PIECES_BEHIND: Final = 16_000
 """Pieces that a rewrite may still need after the first pass; a source that changes faster can't be caught."""
 _LOAD_TRIES: Final = 4
 _LARGEST: Final = 0xFFFFFFFF
@@ -58,22 +58,19 @@ class Writing:
         server: ShardServer,
         index: Index,
         replica: str,
+        lull: Lull,
+        *,
         clock: Callable[[], float] = time.monotonic,
         piece_records: int = PIECE_RECORDS,
     ) -> None:
         self._server = server
         self._index = index
         self._replica = replica
+        self._lull = lull
         self._clock = clock
         self._piece_records = piece_records
         self.records = 0
         """Sent to the store so far."""
-        self._slices = asyncio.Lock()
-
-    async def slice(self) -> None:
-        """Wait for a moment in which queries have had their turn: jobs that go on together would add up otherwise."""
-        async with self._slices:
-            await asyncio.sleep(0)
 
     async def _commands(
         self, kept: KeptSource, hashes: Sequence[int], buckets: int, most: int
@@ -85,19 +82,19 @@ class Writing:
         """
         life, size, count = kept.life, self._piece_records, 0
         kept.collected, enough = set(), size
-        await self.slice()  # finding out what has changed was a piece of work itself
+        await self._lull.wait()  # finding out what has changed was a piece of work itself
         while len(hashes) > enough:
             for begin in range(0, len(hashes), _COMMAND_PIECES * size):
                 packing = Packing(buckets)
                 for start in range(begin, min(begin + _COMMAND_PIECES * size, len(hashes)), size):
                     piece = hashes[start : start + size]
                     packing.add(piece, self._records(kept, piece))
-                    await self.slice()
+                    await self._lull.wait()
                     count += 1
                     if kept.dropped or kept.life != life:
                         return
                 yield packing.packed()
-                await self.slice()
+                await self._lull.wait()
             hashes = sorted(kept.collected)
             if count >= most:
                 return
@@ -259,7 +256,7 @@ class Writing:
     async def _fill(self, kept: KeptSource, meta: Meta, *, hold: bool) -> int:
         count = 0
         async for _, hashes, records in self._server.buckets(kept.tag, meta):
-            await self.slice()
+            await self._lull.wait()
             if kept.dropped:
                 break
             count += self._load_good(kept.source, hashes, records)

@@ -17,34 +17,42 @@ local function buckets_of(generation)
   return prefix .. generation .. ':'
 end
 
+-- Lua passes at most 8,000 values to a call.
+local AT_ONCE = 2000
+
 -- Puts packed records into the buckets of a generation; returns by how many its entries grew.
--- Packed: for each bucket u32 number, u16 count, then each record's 8 bytes of hash, u16 length, value; no value: gone.
+-- Packed: for each bucket u32 number, u32 bytes of its records, then each one's 8 bytes of hash, u16 length, value; no
+-- value: gone.  A hash stands in it once.
 local function put(generation, packed)
   local keys = buckets_of(generation)
   local position, grown, size = 1, 0, #packed
   while position <= size do
-    local bucket, count
-    bucket, count, position = struct.unpack('<I4I2', packed, position)
-    local key = keys .. string.format('%d', bucket)
-    local kept, gone = {}, {}
-    for _ = 1, count do
-      local field = string.sub(packed, position, position + 7)
-      local low, high = string.byte(packed, position + 8, position + 9)
-      local length = low + 256 * high
-      position = position + 10
-      if length == 0 then
-        gone[#gone + 1] = field
-      else
-        kept[#kept + 1] = field
-        kept[#kept + 1] = string.sub(packed, position, position + length - 1)
-        position = position + length
+    local bucket, bytes
+    bucket, bytes, position = struct.unpack('<I4I4', packed, position)
+    local key, behind = keys .. string.format('%d', bucket), position + bytes
+    while position < behind do
+      local kept, gone, kept_count, gone_count = {}, {}, 0, 0
+      while position < behind and kept_count < AT_ONCE and gone_count < AT_ONCE do
+        local field = string.sub(packed, position, position + 7)
+        local low, high = string.byte(packed, position + 8, position + 9)
+        local length = low + 256 * high
+        position = position + 10
+        if length == 0 then
+          gone_count = gone_count + 1
+          gone[gone_count] = field
+        else
+          kept[kept_count + 1] = field
+          kept_count = kept_count + 2
+          kept[kept_count] = string.sub(packed, position, position + length - 1)
+          position = position + length
+        end
       end
-    end
-    if #kept > 0 then
-      grown = grown + redis.call('HSET', key, unpack(kept))
-    end
-    if #gone > 0 then
-      grown = grown - redis.call('HDEL', key, unpack(gone))
+      if kept_count > 0 then
+        grown = grown + redis.call('HSET', key, unpack(kept))
+      end
+      if gone_count > 0 then
+        grown = grown - redis.call('HDEL', key, unpack(gone))
+      end
     end
   end
   return grown
