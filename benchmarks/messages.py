@@ -103,11 +103,15 @@ def initial(workload: Workload) -> list[Message]:
 
 
 def further(workload: Workload, count: int) -> tuple[list[Message], list[Message]]:
-    """About `count` further blocks that no query asks for: the stores, and the removals that undo them."""
+    """About `count` further blocks that no query asks for: the stores, and the removals that undo them.
+
+    Engines are busy to a different degree: in step with each other all their tables would grow at the same moment.
+    """
     stores: list[list[Message]] = []
     removals: list[list[Message]] = []
+    mean = count / workload.scale.engines / 250
     for engine in range(workload.scale.engines):
-        runs = [Run(workload.blocks.grow(250), None) for _ in range(count // workload.scale.engines // 250 or 1)]
+        runs = [Run(workload.blocks.grow(250), None) for _ in range(round(mean * (0.5 + engine % 8 / 7)) or 1)]
         stores.append(list(stores_of(workload, engine, runs)))
         removals.append([message for run in runs for message in removals_of(workload, engine, run)])
     return interleave(stores), interleave(removals)

@@ -48,12 +48,14 @@ class BoundEndpoint:
         """Expect it no more."""
         del self._followers[name]
 
-    def pump(self, limit: int) -> bool:
+    def pump(self, limit: int, until: float) -> bool:
         """See `Pump.pump`."""
         for _ in range(limit):
             if self._closed or not is_readable(self._socket):
                 return False
             self._take(self._socket.recv_multipart(flags=zmq.NOBLOCK))
+            if time.monotonic() >= until:
+                break
         return True
 
     def _take(self, frames: list[bytes]) -> None:

@@ -69,7 +69,7 @@ class DialledSource:
         """What its frames come through."""
         return self
 
-    def pump(self, limit: int) -> bool:
+    def pump(self, limit: int, until: float) -> bool:
         """See `Pump.pump`."""
         if self.follower.closed:
             return False
@@ -83,6 +83,8 @@ class DialledSource:
                 self._wiring.sink.dropped(self.follower.source, "bad_frames")
             else:
                 self.follower.frame(*frame)
+            if time.monotonic() >= until:
+                break
         return True
 
     def _read_monitor(self) -> None:

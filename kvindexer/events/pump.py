@@ -3,6 +3,10 @@
 A ZMQ socket's file descriptor only says "look at me"; it must be read until it is empty, or be looked at again.
 Ready pumps take turns, a few messages each, until the slice is over; then queries get their turn.
 
+    turn of the loop     n          n + 1             n + 2
+    ingest               a slice    lets pass         the next slice
+    query                is read    is answered
+
 Invariant: a pump that may have more stays in the queue, so no message waits for another one to arrive.
 """
 
@@ -29,8 +33,8 @@ def is_readable(socket: zmq.Socket[bytes]) -> bool:
 class Pump(Protocol):
     """Something with received messages."""
 
-    def pump(self, limit: int) -> bool:
-        """Process up to `limit` messages; returns whether there may be more."""
+    def pump(self, limit: int, until: float) -> bool:
+        """Process messages: at most `limit`, none but the first after `until`; returns whether there may be more."""
 
 
 class Pumps:
@@ -73,7 +77,7 @@ class Pumps:
         while self._ready:
             pump, since = self._ready.popitem(last=False)
             try:
-                more = pump.pump(MESSAGES_A_TURN)
+                more = pump.pump(MESSAGES_A_TURN, end)
             except Exception:  # noqa: BLE001 - one bad source must not stop the others; it is logged
                 _log.exception("a message could not be processed; going on with the next one")
                 more = True
@@ -83,4 +87,4 @@ class Pumps:
                 break
         self._scheduled = bool(self._ready)
         if self._scheduled:
-            self._loop.call_soon(self._slice)
+            self._loop.call_soon(self._loop.call_soon, self._slice)

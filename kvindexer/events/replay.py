@@ -66,7 +66,7 @@ class Replay:
             self._socket.close()
             self._socket = None
 
-    def pump(self, limit: int) -> bool:
+    def pump(self, limit: int, until: float) -> bool:
         """See `Pump.pump`."""
         for _ in range(limit):
             if self._socket is None:
@@ -76,6 +76,8 @@ class Replay:
             except zmq.Again:
                 return False
             self._take(frames)
+            if time.monotonic() >= until:
+                break
         return True
 
     def _take(self, frames: list[bytes]) -> None:
