@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 PATIENCE_S: Final = 0.002
-"""What gives way to queries that never end still gets a tenth of the loop: pieces of 0.2 ms, a turn or two apart."""
+"""What gives way to requests that never end goes on all the same."""
 
 
 class Lull:
@@ -34,11 +34,15 @@ class Lull:
         """Bytes of a request are here."""
         self._arrivals += 1
 
-    async def wait(self) -> None:
-        """Go on in a turn of its own, before which nothing has arrived for a whole turn; or when patience ends."""
+    async def wait(self) -> float:
+        """Go on in a turn of its own, before which nothing has arrived for a whole turn; or when patience ends.
+
+        Returns for how many seconds others had the loop: whoever must keep up does more at once where that is long.
+        """
         async with self._queue:
-            before, until = self._arrivals, self._clock() + self._patience_s
+            before, since = self._arrivals, self._clock()
             await asyncio.sleep(0)
-            while self._arrivals != before and self._clock() < until:
+            while self._arrivals != before and self._clock() - since < self._patience_s:
                 before = self._arrivals
                 await asyncio.sleep(0)
+            return self._clock() - since

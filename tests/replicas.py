@@ -50,9 +50,10 @@ class Replica:
 
 @asynccontextmanager
 async def replica(url: str, name: str = "a", **settings: Any) -> AsyncIterator[Replica]:
-    """Run a replica with its own index; `sources` among the settings are followed from the start."""
+    """Run a replica with its own index; `sources` among the settings are followed from the start, `lull` says when its store goes on."""
+    lull: Lull = settings.pop("lull", None) or Lull()
     chosen = Settings(**{**QUICK, **KEEP_QUICK, "store": url, "replica": name, **settings})
-    keeper = RedisKeeper(chosen, _server(chosen), name, Lull())
+    keeper = RedisKeeper(chosen, _server(chosen), name, lull)
     finder = open_finder(chosen)
     fleet = LiveFleet(chosen, lambda least: PyIndex(None, chosen.media, least), Uncounted(), keeper, finder=finder)
     async with fleet.running():

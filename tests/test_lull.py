@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from functools import wraps
 from typing import Any
 
@@ -18,6 +18,11 @@ from kvindexer.api.errors import send_json
 from kvindexer.api.listeners import Unsignalled, configured
 from kvindexer.lull import Lull
 from kvindexer.settings import Settings
+from kvindexer.store.writing import PIECE_RECORDS
+from kvindexer.testing import FakeEngine
+from live import spec_of, until
+from replicas import contents, eventually, replica, stored
+from servers import Server
 
 PIECE_S = 0.002
 LONG_S = 60.0
@@ -140,3 +145,38 @@ def test_no_work_is_done_between_a_request_and_its_answer() -> None:
         since_arrival = 0 if what == "arrived" else since_arrival + (what == "piece")
         # a request may arrive in parts: a piece may come between them, but not behind the last one
         assert what != "answered" or since_arrival == 0, told
+
+
+@pytest.mark.parametrize("waits_s", [0.0, 0.005])
+def test_a_write_keeps_up_where_requests_leave_it_little(redis_server: Server, waits_s: float) -> None:
+    """In small pieces while nobody is in the way, in larger ones where each has to wait for long."""
+    blocks, pieces = 3_000, list[int]()
+
+    class Busy(Lull):
+        async def wait(self) -> float:
+            await super().wait()
+            return waits_s
+
+    async def scenario(engine: FakeEngine) -> None:
+        spec = spec_of(engine)
+        async with replica(redis_server.url, lull=Busy(), sources=(spec,)) as one:
+            records = one.fleet.index.records
+
+            def noted(source: str, hashes: Collection[int]) -> list[bytes]:
+                pieces.append(len(hashes))
+                return records(source, hashes)
+
+            one.fleet.index.records = noted  # type: ignore[method-assign]
+            await until("live", lambda: one.flags(spec.endpoint) == ("live", True, True))
+            engine.publish_events([stored(0, blocks)])
+
+            async def all_there() -> bool:
+                found, there = await contents(redis_server.url, spec)
+                return found.meta is not None and len(there) == blocks
+
+            await eventually("Redis has all of it", all_there)
+
+    with FakeEngine() as engine:
+        uvloop.run(scenario(engine))
+    assert sum(pieces) >= blocks
+    assert max(pieces) == (PIECE_RECORDS if not waits_s else 500), pieces

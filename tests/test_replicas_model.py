@@ -109,9 +109,10 @@ class Interrupted(Lull):
         super().__init__()
         self._side = replica
 
-    async def wait(self) -> None:
+    async def wait(self) -> float:
         """One more message has arrived."""
         self._side.hear(most=1)
+        return 0.0
 
 
 class InterruptedServer(ShardServer):

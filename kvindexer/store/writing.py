@@ -40,12 +40,14 @@ _log = logging.getLogger(__name__)
 
 PIECE_RECORDS: Final = 128
 """Records that are packed at once: 0.2 ms, between which queries get their turn."""
+_LEAST_RECORDS_A_S: Final = 100_000
+"""Where queries leave little of the loop, pieces are larger, so that this is kept up."""
 _REST_PIECES: Final = 16
 """What changed while all else was made ready may be so much, and is made in one go: slices of ingest lie between."""
 _COMMAND_PIECES: Final = 8
 """Pieces of one command, which costs as much as hundreds of records; the more, the more share a bucket."""
-_MOST_PIECES_BEHIND: Final = 16_000
-"""Pieces that a rewrite may still need after the first pass; a source that changes faster can't be caught."""
+_MOST_BEHIND: Final = 2_000_000
+"""Records that a rewrite may still need after the first pass; a source that changes faster can't be caught."""
 _LOAD_TRIES: Final = 4
 _LARGEST: Final = 0xFFFFFFFF
 
@@ -75,31 +77,36 @@ class Writing:
     async def _commands(
         self, kept: KeptSource, hashes: Sequence[int], buckets: int, most: int
     ) -> AsyncGenerator[bytes]:
-        """Pack records in pieces, then those that changed meanwhile, and so on; at most so many pieces.
+        """Pack records in pieces, then those that changed meanwhile, and so on, until it is so many or more.
 
         What is in `kept.collected` in the end is not in them, or has changed since; it is a few pieces' worth unless
         the source has outrun us.
         """
         life, size, count = kept.life, self._piece_records, 0
         kept.collected, enough = set(), size
-        await self._lull.wait()  # finding out what has changed was a piece of work itself
+        room = await self._give_way()  # finding out what has changed was a piece of work itself
         while len(hashes) > enough:
             for begin in range(0, len(hashes), _COMMAND_PIECES * size):
-                packing = Packing(buckets)
-                for start in range(begin, min(begin + _COMMAND_PIECES * size, len(hashes)), size):
-                    piece = hashes[start : start + size]
+                command, packing = hashes[begin : begin + _COMMAND_PIECES * size], Packing(buckets)
+                while command:
+                    piece, command = command[:room], command[room:]
                     packing.add(piece, self._records(kept, piece))
-                    await self._lull.wait()
-                    count += 1
+                    count += len(piece)
+                    room = await self._give_way()
                     if kept.dropped or kept.life != life:
                         return
                 yield packing.packed()
-                await self._lull.wait()
+                room = await self._give_way()
             hashes = sorted(kept.collected)
             if count >= most:
                 return
             kept.collected, enough = set(), size * _REST_PIECES
         kept.collected.update(hashes)
+
+    async def _give_way(self) -> int:
+        """Let queries pass; returns how many records may be packed then."""
+        waited_s = await self._lull.wait()
+        return max(self._piece_records, int(waited_s * _LEAST_RECORDS_A_S))
 
     async def flush(self, kept: KeptSource, step: Flush) -> Refusal | None:
         """Write what has changed; to be called in the same breath as the decision.  Raises StoreError."""
@@ -125,8 +132,7 @@ class Writing:
     async def _flush(self, kept: KeptSource, step: Flush, hashes: Sequence[int]) -> Refusal | None:
         """A record that has changed since it was packed is packed again behind it: the later one counts."""
         shard, life, meta = kept.shard, kept.life, _content(kept)
-        most = len(hashes) // self._piece_records + 1
-        pieces = [packed async for packed in self._commands(kept, hashes, meta.buckets, most)]
+        pieces = [packed async for packed in self._commands(kept, hashes, meta.buckets, len(hashes))]
         if kept.dropped or kept.life != life:
             return Refusal.LOST
         pieces.append(self._rest(kept, sorted(kept.collected or ()), meta.buckets))
@@ -153,7 +159,7 @@ class Writing:
         generation, buckets = secrets.token_hex(4), buckets_for(len(hashes))
         if before is not None and overfull(len(hashes), before.buckets):
             buckets = more_buckets(len(hashes), before.buckets)
-        most = len(hashes) // self._piece_records + _MOST_PIECES_BEHIND
+        most = len(hashes) + _MOST_BEHIND
         begin = True
         async with aclosing(self._commands(kept, hashes, buckets, most)) as commands:
             async for packed in commands:
