@@ -50,7 +50,10 @@ class Replica:
 
 @asynccontextmanager
 async def replica(url: str, name: str = "a", **settings: Any) -> AsyncIterator[Replica]:
-    """Run a replica with its own index; `sources` among the settings are followed from the start, `lull` says when its store goes on."""
+    """Run a replica with its own index; `sources` among the settings are followed from the start.
+
+    `lull` says when its store goes on.
+    """
     lull: Lull = settings.pop("lull", None) or Lull()
     chosen = Settings(**{**QUICK, **KEEP_QUICK, "store": url, "replica": name, **settings})
     keeper = RedisKeeper(chosen, _server(chosen), name, lull)
