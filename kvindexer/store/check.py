@@ -166,7 +166,7 @@ class Checker:
         upto = after.checkpoint.next
         if kept.dropped or kept.shard.base > upto:
             return None  # written meanwhile: what changed before that is not known any more
-        moving = set(kept.shard.changed_since(upto))
+        moving = set().union(*kept.shard.changed_since(upto))
         return [
             block_hash
             for block_hash, ours, theirs in zip(suspects, here, there, strict=True)

@@ -277,14 +277,14 @@ class Shard:
         upto = self._local.next_seq
         return Checkpoint(epoch, upto, self._digest_before(upto) or b"", self._local.birth, self._coverage())
 
-    def changed_since(self, base: int) -> array[int]:
-        """Each hash whose record may differ from what it was when `base` was next, once."""
-        hashes = set(self._amended)
+    def changed_since(self, base: int) -> list[array[int]]:
+        """The hashes whose records may differ from what they were when `base` was next; some several times."""
+        parts = [array("Q", self._amended)]
         for upto, batch in reversed(self._journal.items()):
             if upto <= base:
                 break
-            hashes.update(batch.touched)
-        return array("Q", hashes)
+            parts.append(batch.touched)
+        return parts
 
     def take_amendments(self) -> set[int]:
         """Records that changed without a message of this source: for the caller to write, or to hand back."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Final
@@ -83,7 +84,7 @@ class Writing:
         the source has outrun us.
         """
         life, size, count = kept.life, self._piece_records, 0
-        kept.collected, enough = set(), size
+        enough = size
         room = await self._give_way()  # finding out what has changed was a piece of work itself
         while len(hashes) > enough:
             for begin in range(0, len(hashes), _COMMAND_PIECES * size):
@@ -97,11 +98,11 @@ class Writing:
                         return
                 yield packing.packed()
                 room = await self._give_way()
-            hashes = sorted(kept.collected)
+            hashes = sorted(kept.collected or ())
             if count >= most:
                 return
             kept.collected, enough = set(), size * _REST_PIECES
-        kept.collected.update(hashes)
+        kept.changed(hashes)
 
     async def _give_way(self) -> int:
         """Let queries pass; returns how many records may be packed then."""
@@ -110,8 +111,8 @@ class Writing:
 
     async def flush(self, kept: KeptSource, step: Flush) -> Refusal | None:
         """Write what has changed; to be called in the same breath as the decision.  Raises StoreError."""
-        hashes = kept.shard.changed_since(step.base)
-        return await self._amending(kept, self._flush(kept, step, hashes))
+        changes = kept.shard.changed_since(step.base)
+        return await self._amending(kept, self._flush(kept, step, changes))
 
     async def rewrite(self, kept: KeptSource, step: Rewrite) -> Refusal | None:
         """Write everything anew and put it in the place of what is there.  Raises StoreError."""
@@ -120,6 +121,7 @@ class Writing:
     async def _amending(self, kept: KeptSource, write: Awaitable[Refusal | None]) -> Refusal | None:
         """Amendments are in what is written, or still to be written if that fails."""
         amended = kept.shard.take_amendments()
+        kept.collected = set()
         refusal: Refusal | None = Refusal.LOST
         try:
             refusal = await write
@@ -129,9 +131,12 @@ class Writing:
                 kept.shard.amended(amended, self._clock())
         return refusal
 
-    async def _flush(self, kept: KeptSource, step: Flush, hashes: Sequence[int]) -> Refusal | None:
+    async def _flush(self, kept: KeptSource, step: Flush, changes: Sequence[array[int]]) -> Refusal | None:
         """A record that has changed since it was packed is packed again behind it: the later one counts."""
         shard, life, meta = kept.shard, kept.life, _content(kept)
+        hashes = await self._each_once(changes)
+        if kept.dropped or kept.life != life:
+            return Refusal.LOST
         pieces = [packed async for packed in self._commands(kept, hashes, meta.buckets, len(hashes))]
         if kept.dropped or kept.life != life:
             return Refusal.LOST
@@ -150,6 +155,18 @@ class Writing:
             )
             shard.stored(written, self._clock())
         return None
+
+    async def _each_once(self, changes: Sequence[array[int]]) -> list[int]:
+        """Thousands of them have gathered where Redis is slow: that is a piece of work too."""
+        hashes: set[int] = set()
+        looked_at = 0
+        for part in changes:
+            hashes.update(part)
+            looked_at += len(part)
+            if looked_at >= _COMMAND_PIECES * self._piece_records:
+                await self._lull.wait()
+                looked_at = 0
+        return list(hashes)
 
     async def _rewrite(self, kept: KeptSource, step: Rewrite) -> Refusal | None:
         shard, index, server, life = kept.shard, self._index, self._server, kept.life
