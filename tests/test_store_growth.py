@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from kvindexer.lull import Lull
 from kvindexer.store.layout import BUCKET_ENTRIES, Meta, Names, overfull, shard_tag
 from kvindexer.testing import FakeEngine
 from kvindexer.types import SourceSpec
-from live import spec_of, until
+from live import held, spec_of, until
 from replicas import Replica, contents, eventually, memory, replica, stored
 from servers import Server
 
@@ -88,3 +89,33 @@ def test_a_shard_that_has_lost_records_is_written_anew_instead(redis_server: Ser
                 assert one.keeper.figures().records_written > total
 
     asyncio.run(run())
+
+
+def test_what_arrives_whenever_a_write_gives_way_is_written_too(redis_server: Server) -> None:
+    """Also while it is still being told what has changed: the checkpoint says that all of it is there."""
+    total, few = 3 * FIRST, 10
+
+    class Interrupted(Lull):
+        armed = False
+
+        async def wait(self) -> float:
+            nonlocal total
+            if self.armed and total < 4 * FIRST:
+                first, total = total, total + few
+                engine.publish_events([stored(first, few)])
+                await until("applied", lambda: len(held(followers[0].fleet, engine)) == total)
+            return await super().wait()
+
+    async def run() -> None:
+        async with one_following(redis_server.url, engine, lull=lull) as (one, spec):
+            followers.append(one)
+            lull.armed = True
+            for first in range(FIRST, 3 * FIRST, 500):
+                engine.publish_events([stored(first, 500)])
+            await until("all has come", lambda: total == 4 * FIRST)
+            await same(redis_server.url, one, spec, total)
+            assert one.keeper.checks.divergences == 0
+
+    lull, followers = Interrupted(), list[Replica]()
+    with FakeEngine() as engine:
+        asyncio.run(run())

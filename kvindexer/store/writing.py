@@ -49,6 +49,8 @@ _COMMAND_PIECES: Final = 8
 """Pieces of one command, which costs as much as hundreds of records; the more, the more share a bucket."""
 _MOST_BEHIND: Final = 2_000_000
 """Records that a rewrite may still need after the first pass; a source that changes faster can't be caught."""
+_HASHES_A_RECORD: Final = 4
+"""Hashes that are told apart in the time in which one record is packed."""
 _LOAD_TRIES: Final = 4
 _LARGEST: Final = 0xFFFFFFFF
 
@@ -163,7 +165,7 @@ class Writing:
         for part in changes:
             hashes.update(part)
             looked_at += len(part)
-            if looked_at >= _COMMAND_PIECES * self._piece_records:
+            if looked_at >= _HASHES_A_RECORD * self._piece_records:
                 await self._lull.wait()
                 looked_at = 0
         return list(hashes)
