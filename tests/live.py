@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -43,6 +44,12 @@ def spec_of(engine: FakeEngine, instance: str = "pod-a", *, replay: bool = True,
         "type": engine.dialect.traits.type,
     }
     return SourceSpec(**{**values, **changes})
+
+
+def free_endpoint() -> str:
+    """Where somebody may listen."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"tcp://127.0.0.1:{server.getsockname()[1]}"
 
 
 def with_fleet(scenario: Callable[[LiveFleet], Awaitable[None]], **settings: Any) -> None:

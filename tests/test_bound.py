@@ -10,14 +10,9 @@ from kvindexer.errors import RequestError
 from kvindexer.events.fleet import LiveFleet
 from kvindexer.testing import FakeEngine, PoolShape
 from kvindexer.types import SourceSpec
-from live import truth, until, with_fleet
+from live import free_endpoint, truth, until, with_fleet
 
 SMALL = PoolShape(num_blocks=40, block_size=4)
-
-
-def free_endpoint() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"tcp://127.0.0.1:{server.getsockname()[1]}"
 
 
 def dialling(endpoint: str, topic: str, rank: int = 0, *, seed: int = 0) -> FakeEngine:

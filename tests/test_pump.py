@@ -17,8 +17,7 @@ from kvindexer.index.engine import PyIndex
 from kvindexer.index.seam import Change
 from kvindexer.settings import Settings
 from kvindexer.testing import FakeEngine, PoolShape
-from live import QUICK, Uncounted, connected, spec_of, until
-from test_bound import free_endpoint
+from live import QUICK, Uncounted, connected, free_endpoint, spec_of, until
 
 SLICE_S = 0.002
 MESSAGE_S = 0.003
