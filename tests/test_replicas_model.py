@@ -192,6 +192,8 @@ class Replica:
                             self.shard.new_life()
                 case Ask(start):
                     self.asked, self.asks = start, self.asks + 1
+        if self.stream.catching_up:
+            self.act(self.stream.catch_up(self.machine.now))
 
     def hear(self, most: int | None = None) -> None:
         """Take in what has arrived: all of it, or so many messages."""

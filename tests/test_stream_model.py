@@ -166,6 +166,13 @@ class StreamMachine(RuleBasedStateMachine):
             seq, payload = self.wire.popleft()
             self._do(self.stream.frame(seq, payload, self.now))
 
+    @precondition(lambda self: self.stream.catching_up)
+    @rule(frames=st.integers(1, 8))
+    def catch_up(self, frames: int) -> None:
+        """Everything else may come before it."""
+        for _ in range(frames):
+            self._do(self.stream.catch_up(self.now))
+
     @precondition(lambda self: self.wire)
     @rule(place=st.integers(0, 100))
     def lose(self, place: int) -> None:
@@ -260,6 +267,8 @@ class StreamMachine(RuleBasedStateMachine):
         for _ in range(40):
             if self.asked is not None:
                 self._answer(set(), None, ends=True)
+            while self.stream.catching_up:
+                self.catch_up(1)
             self.now += 6.0
             self._do(self.stream.tick(self.now))
             self.truth()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xxhash import xxh3_128_digest
 
-from kvindexer.events.states import Action, Apply, Ask, State, Withdraw
+from kvindexer.events.states import Action, Apply, Ask, Drop, State, Withdraw
 from kvindexer.events.stream import Stream, StreamSettings
 from kvindexer.types import Epoch
 
@@ -25,6 +25,14 @@ def asked(actions: list[Action]) -> list[int]:
 
 def withdrawn(actions: list[Action]) -> list[str]:
     return [action.reason for action in actions if isinstance(action, Withdraw)]
+
+
+def caught_up(stream: Stream, now: float) -> list[Action]:
+    """What follows a replay, as long as there is time."""
+    actions: list[Action] = []
+    while stream.catching_up:
+        actions += stream.catch_up(now)
+    return actions
 
 
 def followed(messages: int, now: float = 0.0) -> Stream:
@@ -237,7 +245,7 @@ def test_behind_a_hole_that_nobody_can_fill_no_live_frame_is_lost_as_well() -> N
         seen += applied(stream.frame(seq, payload(seq), 1.0))
     for _ in range(2):
         stream.replay_frame(50, payload(50), 1.0)
-        seen += applied(stream.replay_end(1.0))
+        seen += applied(stream.replay_end(1.0) + caught_up(stream, 1.0))
     for seq in range(20, 51):
         seen += applied(stream.frame(seq, payload(seq), 1.0))
     assert seen == [payload(seq) for seq in range(12, 51)]
@@ -258,12 +266,13 @@ def test_a_clear_inside_a_late_joiner_s_replay_makes_it_complete() -> None:
 
 
 def test_a_clear_does_not_make_up_for_what_is_lost_behind_it() -> None:
-    """Both are found in one go: the shell tells of the clear when the machine is past the loss already."""
+    """The shell may tell of the clear when the machine is past the loss already."""
     stream = followed(10)
     assert asked(stream.tick(6.0)) == [9]
     for seq in (10, 11, 13):
         stream.frame(seq, payload(seq), 6.0)
-    assert applied(stream.replay_failed("no answer", 6.0)) == [payload(seq) for seq in (10, 11, 13)]
+    actions = stream.replay_failed("no answer", 6.0) + caught_up(stream, 6.0)
+    assert applied(actions) == [payload(seq) for seq in (10, 11, 13)]
     stream.cleared(10)
     assert (stream.sound, stream.complete) == (False, False)
     stream.frame(14, payload(14), 6.0)
@@ -298,3 +307,55 @@ def test_a_stream_resumed_on_an_incomplete_copy_is_rebuilt_where_the_buffer_stil
     assert applied(actions) == [payload(0), payload(1)]
     stream.replay_end(1.0)
     assert (stream.sound, stream.complete, stream.epoch) == (True, True, 3)
+
+
+def test_what_was_held_follows_a_replay_one_frame_at_a_time() -> None:
+    """All at once, ten thousand frames kept every query waiting until the last of them was applied."""
+    stream = followed(10)
+    assert asked(stream.tick(6.0)) == [9]
+    for seq in range(10, 20):
+        assert applied(stream.frame(seq, payload(seq), 6.0)) == []
+    stream.replay_frame(9, payload(9), 6.0)
+    assert applied(stream.replay_end(6.5)) == [payload(10)]
+    assert (stream.sound, stream.complete, stream.lag_s(7.0)) == (True, True, 1.0)
+    assert applied(stream.frame(20, payload(20), 7.0)) == [], "it comes behind those that were held"
+    assert stream.tick(20.0) == [], "no probe between"
+    for seq in range(11, 21):
+        assert stream.catching_up
+        assert applied(stream.catch_up(20.0)) == [payload(seq)]
+    assert not stream.catching_up
+    assert applied(stream.frame(21, payload(21), 20.0)) == [payload(21)]
+
+
+def test_a_disconnect_ends_catching_up() -> None:
+    """The next replay has what was held: whoever comes back may be another life."""
+    stream = followed(10)
+    stream.tick(6.0)
+    for seq in range(10, 20):
+        stream.frame(seq, payload(seq), 6.0)
+    stream.replay_frame(9, payload(9), 6.0)
+    assert applied(stream.replay_end(6.0)) == [payload(10)]
+    assert stream.disconnected(6.0) == [Drop("disconnected")] * 9
+    assert not stream.catching_up
+    assert asked(stream.connected(7.0)) == [10]
+    for seq in range(10, 21):
+        stream.replay_frame(seq, payload(seq), 7.0)
+    stream.replay_end(7.0)
+    assert (stream.last_seq, stream.sound, stream.complete, stream.gaps) == (20, True, True, 0)
+
+
+def test_a_frame_without_room_while_catching_up_is_asked_for_at_the_end() -> None:
+    stream = Stream(StreamSettings(held_max_frames=2))
+    stream.start(0.0)
+    stream.connected(0.0)
+    for seq in (0, 1):
+        stream.frame(seq, payload(seq), 0.0)
+    assert applied(stream.replay_end(0.0)) == [payload(0)]
+    stream.frame(2, payload(2), 0.0)
+    assert stream.frame(3, payload(3), 0.0) == [Drop("held_full")]
+    assert applied(actions := caught_up(stream, 0.0)) == [payload(1), payload(2)]
+    assert asked(actions) == [2]
+    for seq in (2, 3):
+        stream.replay_frame(seq, payload(seq), 0.0)
+    stream.replay_end(0.0)
+    assert (stream.last_seq, stream.sound, stream.complete) == (3, True, True)

@@ -75,6 +75,8 @@ class DialledSource:
             return False
         # once a turn is enough: libzmq dials again 100 ms after a disconnect at the earliest, a turn is much shorter
         self._read_monitor()
+        if self.follower.stream.catching_up:
+            return True  # whatever is read now would have to be held as well
         for _ in range(limit):
             if self.follower.closed or not is_readable(self._socket):
                 return False

@@ -71,6 +71,18 @@ class Follower:
                 case Ask(start):
                     self._ask(start)
         self.sink.changed(self.source)
+        if self.stream.catching_up:
+            self._replays.pumps.wake(self)
+
+    def pump(self, limit: int, until: float) -> bool:
+        """Carry out what was held during a replay; see `Pump.pump`."""
+        for _ in range(limit):
+            if self.closed or not self.stream.catching_up:
+                return False
+            self.act(self.stream.catch_up(time.monotonic()))
+            if time.monotonic() >= until:
+                break
+        return True
 
     def _ask(self, start: int) -> None:
         self._stop_replay()

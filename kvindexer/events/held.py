@@ -6,7 +6,8 @@ has it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from heapq import heappop, heappush
 
 from xxhash import xxh3_128_digest
 
@@ -17,7 +18,10 @@ class HeldFrames:
     def __init__(self, max_frames: int, max_bytes: int) -> None:
         self._max_frames = max_frames
         self._max_bytes = max_bytes
-        self._frames: dict[int, tuple[bytes, float]] = {}
+        self._frames: OrderedDict[int, tuple[bytes, float]] = OrderedDict()
+        """As they arrived."""
+        self._order: list[int] = []
+        """A heap of every seq in `_frames`, and perhaps of some that were there."""
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -26,17 +30,16 @@ class HeldFrames:
     def __contains__(self, seq: int) -> bool:
         return seq in self._frames
 
-    def __iter__(self) -> Iterator[int]:
-        """Every seq, lowest first."""
-        return iter(sorted(self._frames))
-
     def add(self, seq: int, payload: bytes, now: float) -> bool:
         """Hold a frame, instead of an earlier one of the same seq; False if there is no room."""
-        if seq in self._frames:
+        known = seq in self._frames
+        if known:
             self.take(seq)
         if len(self._frames) >= self._max_frames or self._bytes + len(payload) > self._max_bytes:
             return False
         self._frames[seq] = (payload, now)
+        if not known:
+            heappush(self._order, seq)
         self._bytes += len(payload)
         return True
 
@@ -53,13 +56,16 @@ class HeldFrames:
 
     def lowest(self) -> int | None:
         """The first seq that is held."""
-        return min(self._frames, default=None)
+        while self._order and self._order[0] not in self._frames:
+            heappop(self._order)
+        return self._order[0] if self._order else None
 
     def oldest_at(self) -> float | None:
         """When the frame that waits longest arrived."""
-        return min((received for _, received in self._frames.values()), default=None)
+        return next((received for _, received in self._frames.values()), None)
 
     def clear(self) -> None:
         """Forget all."""
         self._frames.clear()
+        self._order.clear()
         self._bytes = 0

@@ -5,7 +5,7 @@ Each returns the actions that follow, in order, as data; the ZMQ shell (`events.
 
     live frame ──► next in order? ── yes ─────────────────────────────► Apply
                         │ no
-                        ├─ a hole before it: hold it, Ask(last seq) ──► replay fills the hole, held ones follow
+                        ├─ a hole before it: hold it, Ask(last seq) ──► replay fills the hole, `catch_up` applies it
                         ├─ seen before, same bytes ───────────────────► Drop(duplicate)
                         └─ seen before, other bytes: a new life ──────► Withdraw, Ask(0)
 
@@ -22,6 +22,8 @@ lives the same life, since payloads carry a time stamp and so never repeat.
 
 While a life is in doubt (the last row) it is asked for from where the doubt began: what has come since may be of
 another life, and proves nothing.
+
+What was held during a replay follows it one `catch_up` at a time: thousands of frames must not keep a query waiting.
 
 Invariants: a payload is applied at most once a life, in the order of its seq; a loss that was noticed is either
 repaired or takes the flags off; a source never goes dark, whatever its replay socket does.
@@ -116,6 +118,10 @@ class Stream:
         self._digests: dict[int, bytes] = {}
         self._held = HeldFrames(settings.held_max_frames, settings.held_max_bytes)
         self._overflowed = False
+        self.catching_up = False
+        """A replay is over and frames that came meanwhile are still held: `catch_up` is to be called."""
+        self._patient = True
+        """Whether a hole that is found while catching up is asked for."""
         self._replay: _Replay | None = None
         self._retry_s = settings.retry_min_s
         self._parts = 0
@@ -236,7 +242,7 @@ class Stream:
             self._live_seq = seq
             if seq and self._settings.replayable:
                 actions += self._ask(Purpose.SYNC, 0)
-        if self._replay is not None:
+        if self._replay is not None or self.catching_up:
             return actions + self._hold(seq, payload, digest, now)
         return actions + self._in_order(seq, payload, digest, now)
 
@@ -303,11 +309,8 @@ class Stream:
         if not replay.answered and self.last_seq is not None:
             return self._new_life("the replay knows nothing of its last message") + self._ask(Purpose.SYNC, 0)
         if replay.abandoned:
-            actions = self._drain(now)
-            if self._replay is None:
-                self._ask_at = self._ask_at or now + self._settings.probe_interval_s
-                self._move(Signal.SYNCED, self._why_live())
-            return actions
+            self._ask_at = self._ask_at or now + self._settings.probe_interval_s
+            return self._begin_to_catch_up(now)
         self.verified_at = now
         self.proven_at = replay.asked_at
         self._flags.doubted = None
@@ -317,10 +320,7 @@ class Stream:
             self._flags.replayed(whole=replay.from_zero or not replay.answered)
         if self._connected and not up_to_date:
             return self._check()
-        actions = self._drain(now)
-        if self._replay is None:
-            self._move(Signal.SYNCED, self._why_live())
-        return actions
+        return self._begin_to_catch_up(now)
 
     def replay_failed(self, reason: str, now: float) -> list[Action]:
         """No answer in time, garbage, or too much of it: ask for the rest, or go on live and ask again later."""
@@ -341,10 +341,27 @@ class Stream:
         self._parts = 0
         self._ask_at = now + self._retry_s
         self._retry_s = min(2 * self._retry_s, self._settings.retry_max_s)
-        actions = self._drain(now, patient=False)
-        if actions or self._connected:
-            self._move(Signal.SYNCED, self.why)
-        return actions
+        return self._begin_to_catch_up(now, patient=False) if self._held or self._connected else []
+
+    def catch_up(self, now: float) -> list[Action]:
+        """The next held frame, if there was time for one; at a hole ask again if that may bring something new."""
+        seq = self._held.lowest() if self.catching_up else None
+        if seq is None:
+            return self._caught_up() if self.catching_up else []
+        if self.last_seq is not None and seq <= self.last_seq:
+            if self._digests.get(seq) not in (None, self._held.digest(seq)):
+                return self._new_life("a held message is another one now") + self._check()
+            self._held.take(seq)
+            return [Drop("overlap"), *self._caught_up()]
+        if seq > self._expected:
+            if self._patient and self._progress(seq):
+                return self._check()
+            self.gaps += self.last_seq is not None
+            self._joined_or_lost(seq)
+            self._ask_at = now + self._retry_s
+        elif self.last_seq is None:
+            self._flags.complete = True
+        return [self._apply_held(seq), *self._caught_up()]
 
     def connected(self, now: float) -> list[Action]:
         """The transport is up (again)."""
@@ -370,8 +387,9 @@ class Stream:
         if not self._settings.replayable:
             return []
         # what is held may be of a life that is over; if it is not, the next replay has it
-        dropped = [Drop("disconnected") for _ in self._held]
+        dropped = [Drop("disconnected")] * len(self._held)
         self._held.clear()
+        self.catching_up = False
         return list(dropped)
 
     def tick(self, now: float) -> list[Action]:
@@ -386,7 +404,8 @@ class Stream:
             return [Withdraw("gone", everything=True)]
         if silent_s >= self._settings.stale_after_s and self.state in {State.SYNCING, State.LIVE}:
             self._move(Signal.SILENCE, f"silent for {silent_s:.0f} s")
-        if self._replay is not None or not self._settings.replayable or self.state is State.GONE:
+        busy = self._replay is not None or self.catching_up
+        if busy or not self._settings.replayable or self.state is State.GONE:
             return []
         if self._ask_at is not None:
             if now < self._ask_at:
@@ -455,6 +474,7 @@ class Stream:
         return self._ask(Purpose.CHECK, self.last_seq, self._digests[self.last_seq])
 
     def _ask(self, purpose: Purpose, start: int, digest: bytes | None = None) -> list[Action]:
+        self.catching_up = False
         self._replay = _Replay(purpose, start, digest, self._connections, max(self.heard_at or 0.0, self._ticked_at))
         return [Ask(Seq(start))]
 
@@ -533,29 +553,21 @@ class Stream:
             return []
         return [self._apply_held(held) for held in range(max(start, self._expected), seq)]
 
-    def _drain(self, now: float, *, patient: bool = True) -> list[Action]:
-        """Apply held frames in order; at a hole ask again as long as that brings something new."""
-        actions: list[Action] = []
-        for seq in self._held:
-            if self.last_seq is not None and seq <= self.last_seq:
-                if self._digests.get(seq) not in (None, self._held.digest(seq)):
-                    return actions + self._new_life("a held message is another one now") + self._check()
-                self._held.take(seq)
-                actions.append(Drop("overlap"))
-                continue
-            if seq > self._expected:
-                if patient and self._progress(seq):
-                    return actions + self._check()
-                self.gaps += self.last_seq is not None
-                self._joined_or_lost(seq)
-                self._ask_at = now + self._retry_s
-            elif self.last_seq is None:
-                self._flags.complete = True
-            actions.append(self._apply_held(seq))
-        if self._overflowed and patient:
+    def _begin_to_catch_up(self, now: float, *, patient: bool = True) -> list[Action]:
+        """The replay is over: what was held is next, and the first of it at once, for mostly there is no more."""
+        self.catching_up, self._patient = True, patient
+        return self.catch_up(now)
+
+    def _caught_up(self) -> list[Action]:
+        """If nothing is held any more: live again, or asking for what found no room."""
+        if self._held:
+            return []
+        self.catching_up = False
+        if self._overflowed and self._patient:
             self._overflowed = False
-            return actions + self._check()
-        return actions
+            return self._check()
+        self._move(Signal.SYNCED, self._why_live())
+        return []
 
     def _progress(self, seq: int) -> bool:
         """Whether another replay may fill the hole before `seq`: each hole is asked for at most twice."""
@@ -574,6 +586,7 @@ class Stream:
         self._digests.clear()
         self._held.clear()
         self._replay = self._ask_at = self._overtaken = None
+        self.catching_up = False
         self._parts = 0
         self._flags = Flags()
         self._disconnected_since_last = not self._connected
