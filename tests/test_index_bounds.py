@@ -165,16 +165,37 @@ def test_dead_bindings_are_bounded_and_counted() -> None:
     assert index.stats("pod-a").orphans == BLOCKS
 
 
-def test_bindings_of_held_blocks_are_never_forgotten() -> None:
+@pytest.mark.parametrize("size", [SIZE, 2 * SIZE])
+def test_bindings_of_held_blocks_are_never_forgotten(size: int) -> None:
+    """Also where blocks have another size than the registered one, and so are in another keyspace."""
     index = attached(IndexLimits(max_dead_bindings_per_source=0), "pod-a")
+    named = hashes(0)[: 4 * BLOCKS // size]
+    story = stored(prompt(0), named, size=size, start=0, parent=None)
+    elsewhere = placeholder(named) | {"block_size": size}
+
+    def held() -> int:
+        found = index.match(SPACE._replace(block_size=size), prompt(0).keys(size), 4 * BLOCKS, ["pod-a"])
+        return found[0].held if found else 0
+
     for _ in range(3):
-        index.apply("pod-a", payload([chain(0), chain(0), removed(hashes(0))]))
-    index.apply("pod-a", payload([placeholder(hashes(0))]))
-    index.apply("pod-a", payload([removed(hashes(0))] * 3))
-    assert depth(index, 0) == BLOCKS  # on the CPU
-    assert index.stats("pod-a").bindings == BLOCKS
-    index.apply("pod-a", payload([removed(hashes(0), medium="CPU")]))
-    assert index.stats("pod-a").bindings == 0
+        index.apply("pod-a", payload([story, story, removed(named)]))
+    index.apply("pod-a", payload([elsewhere]))
+    index.apply("pod-a", payload([removed(named)] * 3))
+    assert held() == len(named)  # on the CPU
+    assert index.stats("pod-a").bindings == len(named)
+    index.apply("pod-a", payload([removed(named, medium="CPU")]))
+    assert (held(), index.stats("pod-a").bindings) == (0, 0)
+
+
+def test_bindings_that_die_once_more_with_a_life_are_the_newest_dead() -> None:
+    index = attached(IndexLimits(max_dead_bindings_per_source=2 * BLOCKS), "pod-a")
+    for number in (0, 2):
+        index.apply("pod-a", payload([chain(number), removed(hashes(number)[::-1])]))
+    index.apply("pod-a", payload([chain(0)]))
+    assert index.withdraw("pod-a") == BLOCKS
+    index.apply("pod-a", payload([chain(4), removed(hashes(4)[::-1])]))
+    index.apply("pod-a", payload([placeholder(hashes(number)) for number in (0, 2, 4)]))
+    assert [depth(index, number) for number in (0, 2, 4)] == [BLOCKS, 0, BLOCKS]
 
 
 def test_members_of_a_domain_have_its_bounds_together() -> None:

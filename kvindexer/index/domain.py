@@ -21,7 +21,8 @@ Queues are OrderedDicts: taking the first key out of a plain dict again and agai
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
+from itertools import filterfalse
 from typing import TYPE_CHECKING
 
 from kvindexer.index.topology import is_store
@@ -30,6 +31,13 @@ from kvindexer.tokenization.blocks import link
 if TYPE_CHECKING:
     from kvindexer.index.share import Share
     from kvindexer.index.space import Space
+
+
+def in_none(places: Iterable[Container[int]], hashes: Iterable[int]) -> Iterable[int]:
+    """Those of these hashes that are in none of the places; for millions, so nothing here is done hash by hash."""
+    for place in places:
+        hashes = filterfalse(place.__contains__, hashes)
+    return hashes
 
 
 class Domain:
@@ -140,18 +148,26 @@ class Domain:
         self.dead[block_hash] = None
         self.dead.move_to_end(block_hash)
 
+    def bury_all(self, block_hashes: Iterable[int]) -> None:
+        """`bury` for many."""
+        dead = self.dead
+        for block_hash in block_hashes:
+            if block_hash in dead:
+                dead.move_to_end(block_hash)
+            else:
+                dead[block_hash] = None
+
     def forget_dead(self, bindings_limit: int, links_limit: int) -> tuple[int, int]:
         """Bound the bindings that no member holds, and the links that wait for a parent; returns how many went."""
-        bindings = links = 0
-        while len(self.dead) > bindings_limit:
-            oldest, _ = self.dead.popitem(last=False)
-            if not self._held(oldest):
-                self.bindings.pop(oldest, None)
-                self.elsewhere.pop(oldest, None)
-                if self.parents is not None:
-                    self.parents.pop(oldest, None)
-                self.unheld.append(oldest)
-                bindings += 1
+        links = 0
+        oldest = [self.dead.popitem(last=False)[0] for _ in range(len(self.dead) - bindings_limit)]
+        gone = self._unheld(oldest)
+        for block_hash in gone:
+            self.bindings.pop(block_hash, None)
+            self.elsewhere.pop(block_hash, None)
+            if self.parents is not None:
+                self.parents.pop(block_hash, None)
+        self.unheld += gone
         while len(self.waits_for) > links_limit:
             _, children = self.waiting.popitem(last=False)
             links += len(children)
@@ -160,21 +176,27 @@ class Domain:
                 if self.parents is not None:
                     self.parents.pop(child, None)
                 (self.learnt if child in self.unbound else self.unheld).append(child)
-        return bindings, links
+        return len(gone), links
 
-    def _held(self, block_hash: int) -> bool:
-        """Whether any member has a copy of a bound hash; mostly nobody has the block, which is seen at once."""
-        key = self.bindings.get(block_hash)
-        return key is not None and self.space_of(block_hash).has(key) and self.holds(block_hash)
+    def _unheld(self, block_hashes: Sequence[int]) -> Sequence[int]:
+        """Those bound hashes of which no member has a copy; mostly nobody has the block, which is seen at once."""
+        keys = [self.bindings.get(block_hash, -1) for block_hash in block_hashes]
+        spaces = {self.space, *filter(None, map(self.elsewhere.get, block_hashes))}
+        shown: set[int] = set()
+        for space in spaces:
+            for blocks in space.tiers:
+                shown.update(filter(blocks.__contains__, keys))
+        pairs = zip(block_hashes, keys, strict=True)
+        return [block_hash for block_hash, key in pairs if key not in shown or not self.holds(block_hash)]
 
     def holds(self, block_hash: int) -> bool:
         """Whether any member has a copy."""
         return any(member.holds(block_hash) for member in self.members)
 
-    def holds_none(self, hashes: Iterable[int]) -> Iterator[int]:
+    def holds_none(self, hashes: Iterable[int]) -> Iterable[int]:
         """Those of these hashes that no member has a copy of."""
         places = [place.copies for member in self.members for place in member.places.values() if place.copies]
-        return (block_hash for block_hash in hashes if not any(block_hash in copies for copies in places))
+        return in_none(places, hashes)
 
     def absorb(self, other: Domain) -> None:
         """Take over another domain's members and knowledge; for a hash known to both, ours stays."""

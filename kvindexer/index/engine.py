@@ -16,7 +16,6 @@ engine hash) are what the engine holds.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -281,7 +280,7 @@ class PyIndex:
 
     # Records
 
-    def hashes(self, source: str) -> array[int]:
+    def hashes(self, source: str) -> Sequence[int]:
         """See `Index.hashes`."""
         return packed_records.known(self._shares[source])
 

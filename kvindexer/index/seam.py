@@ -160,8 +160,8 @@ class Index(Protocol):
     def copies(self, source: str) -> dict[tuple[int, int, Tier, str | None, EngineHash], int]:
         """Every entry of a source: (rank, group, tier, ownership, engine hash) -> copies."""
 
-    def hashes(self, source: str) -> array[int]:
-        """Every engine hash that has a record of this source, once, as `array("Q")`."""
+    def hashes(self, source: str) -> Sequence[int]:
+        """Every engine hash that has a record of this source, once."""
 
     def records(self, source: str, hashes: Collection[int]) -> list[bytes]:
         """What the index knows of each of these engine hashes by this source, packed as in `index.records`.

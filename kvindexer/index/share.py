@@ -9,7 +9,7 @@ Invariant: a place shows the key of every hash in `copies` that its domain has b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -207,12 +207,30 @@ class Share:
         for place in self.places.values():
             if place.name.tier in tiers and rank in (None, place.name.rank):
                 hashes = list(place.copies)
-                for block_hash in hashes:
-                    self.drop(place, block_hash)
+                if place.span > 1:
+                    for block_hash in hashes:
+                        self.drop(place, block_hash)
+                else:
+                    self._empty(place, hashes)
                 place.copies.clear()  # a dict that was emptied key by key keeps its table
                 place.space.tidy()
                 gone += hashes
         return gone
+
+    def _empty(self, place: Place, hashes: Sequence[int]) -> None:
+        """`drop` all that the place holds: an engine's restart must not hold up queries for a second."""
+        domain = self.domain
+        place.copies.clear()
+        keys = list(map(domain.bindings.get, hashes))
+        place.space.hide_all(place.slot, place.name.tier, [key for key in keys if key is not None])
+        if None in keys:
+            orphans = [block_hash for block_hash, key in zip(hashes, keys, strict=True) if key is None]
+            for block_hash in orphans:
+                if not domain.holds(block_hash):
+                    domain.unbound.pop(block_hash, None)
+            hashes = [block_hash for block_hash, key in zip(hashes, keys, strict=True) if key is not None]
+        if domain.members:  # else the domain goes as well
+            domain.bury_all(hashes)
 
     def forget_places(self) -> None:
         """Forget the places where nothing is left, and what events have said of their groups."""
@@ -269,7 +287,7 @@ class Share:
 
     def close(self) -> None:
         """Leave the index without a trace."""
-        self.empty(TIERS)
         self.domain.leave(self)
+        self.empty(TIERS)
         for slot in self.slots.values():
             slot.space.close_slot(slot)

@@ -140,3 +140,20 @@ class Space:
             holders[key] = self.intern(mask)
         else:
             del holders[key]
+
+    def hide_all(self, slot: Slot, tier: Tier, keys: Iterable[int]) -> None:
+        """`hide` for many blocks, as `show_all`."""
+        holders, aliases, bit = self.tiers[tier], slot.aliases[tier], slot.bit
+        before = after = -1
+        for key in keys:
+            if key in aliases:
+                self.hide(slot, tier, key)
+                continue
+            mask = holders[key]
+            if mask is not before:
+                before, after = mask, mask & ~bit
+                after = self.intern(after) if after else 0
+            if after:
+                holders[key] = after
+            else:
+                del holders[key]

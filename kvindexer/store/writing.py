@@ -174,7 +174,7 @@ class Writing:
         shard, index, server, life = kept.shard, self._index, self._server, kept.life
         author = kept.author(self._replica)
         before = shard.remote.meta if shard.remote is not None else None
-        hashes: Sequence[int] = index.hashes(kept.source)
+        hashes = index.hashes(kept.source)
         generation, buckets = secrets.token_hex(4), buckets_for(len(hashes))
         if before is not None and overfull(len(hashes), before.buckets):
             buckets = more_buckets(len(hashes), before.buckets)
