@@ -63,7 +63,7 @@ class StoreEffort:
     """How long to measure."""
 
     writing_rounds: int = 2
-    latency_rounds: int = 8
+    latency_rounds: int = 16
     busy_s: float = 1.5
     starts: int = 2
     growth: int = 3
