@@ -161,7 +161,7 @@ class Domain:
         """Bound the bindings that no member holds, and the links that wait for a parent; returns how many went."""
         links = 0
         oldest = [self.dead.popitem(last=False)[0] for _ in range(len(self.dead) - bindings_limit)]
-        gone = self._unheld(oldest)
+        gone = self._unheld(oldest) if oldest else []
         for block_hash in gone:
             self.bindings.pop(block_hash, None)
             self.elsewhere.pop(block_hash, None)

@@ -68,10 +68,6 @@ class Space:
         """Whether any source has a slot here."""
         return any(slot is not None for slot in self.slots)
 
-    def has(self, key: int) -> bool:
-        """Whether anybody holds the block."""
-        return any(key in holders for holders in self.tiers)
-
     def holders(self, tier: Tier, key: int) -> Iterator[Slot]:
         """The slots that hold a block on this tier."""
         mask = self.tiers[tier].get(key, 0)
