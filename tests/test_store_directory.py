@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from servers import Server
 
 SOURCE = "tcp://10.0.0.1:5557"
 SPEC = b'{"model": "m"}'
+OTHER = b'{"model": "n"}'
+LIFE = b'{"model": "m", "life": "u/1"}'
 
 
 class Side:
@@ -38,32 +41,81 @@ class Side:
         return [(source, line.kind) for source, line in self.directory.merge(found)]
 
 
+def with_two_sides(redis_server: Server, scenario: Callable[[Side, Side], Awaitable[None]]) -> None:
+    """Run a scenario of two replicas."""
+
+    async def run() -> None:
+        values: dict[str, Any] = {"store": redis_server.url}
+        server = ShardServer(open_client(Settings(**values)), Names("kvindexer"), 5)
+        try:
+            await scenario(Side(server), Side(server))
+        finally:
+            await server.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_an_unregistration_is_heard_though_a_local_line_took_its_place(redis_server: Server, *, seen: bool) -> None:
+    """What was found is followed again at once where it was unregistered: between two looks of the other replica."""
+
+    async def scenario(a: Side, b: Side) -> None:
+        a.directory.want(SOURCE, Kind.REGISTERED, SPEC)
+        await a.publish()
+        assert await a.news() == []
+        assert await b.news() == [(SOURCE, Kind.REGISTERED)]
+        a.directory.want(SOURCE, Kind.REMOVED, SPEC)
+        a.directory.note_found(SOURCE, LIFE)
+        await a.publish()
+        if seen:
+            assert await b.news() == [(SOURCE, Kind.REMOVED)]
+        await a.publish()
+        assert await b.news() == [(SOURCE, Kind.LOCAL if seen else Kind.REMOVED)]
+        for side in (a, b):
+            assert await side.news() == []
+            assert side.directory.wanted() == []
+            assert side.directory.generation(SOURCE) == 3
+
+    with_two_sides(redis_server, scenario)
+
+
+def test_settings_never_take_the_line_of_a_registration(redis_server: Server) -> None:
+    """Whoever registered would read it as an unregistration."""
+
+    async def scenario(a: Side, b: Side) -> None:
+        a.directory.want(SOURCE, Kind.REGISTERED, SPEC)
+        await a.publish()
+        b.directory.note_local(SOURCE, OTHER)
+        assert b.directory.wanted() == []  # it has not read the directory yet
+        assert await b.news() == []  # it has its own idea of the source
+        await b.publish()
+        assert await a.news() == []
+        assert b.directory.wanted() == []
+        assert b.directory.generation(SOURCE) == 1
+
+    with_two_sides(redis_server, scenario)
+
+
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_an_unregistration_is_heard_though_the_older_line_was_to_be_published_again(
     redis_server: Server, first: str
 ) -> None:
     """Redis is emptied after one replica has unregistered and before the other has heard: whoever writes first."""
 
-    async def scenario() -> None:
-        values: dict[str, Any] = {"store": redis_server.url}
-        server = ShardServer(open_client(Settings(**values)), Names("kvindexer"), 5)
-        a, b = Side(server), Side(server)
-        try:
-            a.directory.want(SOURCE, Kind.REGISTERED, SPEC)
-            await a.publish()
-            assert await b.news() == [(SOURCE, Kind.REGISTERED)]
-            a.directory.want(SOURCE, Kind.REMOVED, SPEC)
-            await a.publish()
-            redis_server.ask("FLUSHALL")
-            assert await a.news() == await b.news() == []  # both want to publish what they know
-            for side in (a, b) if first == "a" else (b, a):
-                await side.publish()
-            assert await b.news() == [(SOURCE, Kind.REMOVED)]
-            assert await a.news() == []
-            for side in (a, b):
-                assert side.directory.wanted() == []
-                assert side.directory.generation(SOURCE) == 2
-        finally:
-            await server.close()
+    async def scenario(a: Side, b: Side) -> None:
+        a.directory.want(SOURCE, Kind.REGISTERED, SPEC)
+        await a.publish()
+        assert await b.news() == [(SOURCE, Kind.REGISTERED)]
+        a.directory.want(SOURCE, Kind.REMOVED, SPEC)
+        await a.publish()
+        redis_server.ask("FLUSHALL")
+        assert await a.news() == await b.news() == []  # both want to publish what they know
+        for side in (a, b) if first == "a" else (b, a):
+            await side.publish()
+        assert await b.news() == [(SOURCE, Kind.REMOVED)]
+        assert await a.news() == []
+        for side in (a, b):
+            assert side.directory.wanted() == []
+            assert side.directory.generation(SOURCE) == 2
 
-    asyncio.run(scenario())
+    with_two_sides(redis_server, scenario)

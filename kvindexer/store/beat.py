@@ -48,8 +48,9 @@ class Beat:
         self._directory = Directory()
         self._version: bytes | None = None
         self._changed = b""
-        self._ending: dict[str, str] = {}
-        """Shards of sources that were unregistered here, by tag."""
+        self._ending: dict[str, tuple[str, int | None]] = {}
+        """Shards of sources that were unregistered, by tag: the source, and of which generation that was; None: it is
+        the one that is known once it is written."""
         self._buried: dict[str, int] = {}
         """Tombstones whose shards are ended, by source."""
         self._forget_after_s = max(2, round(_FORGET_REPLICA_BEATS * self._interval_s))
@@ -70,7 +71,7 @@ class Beat:
 
     def ended(self, kept: KeptSource) -> None:
         """The life of a source that was found is over, for all replicas."""
-        self._ending[kept.tag] = kept.source
+        self._ending[kept.tag] = kept.source, None
         self._directory.drop(kept.source, kept.packed_spec)
         self._hurry.set()
 
@@ -82,7 +83,7 @@ class Beat:
     def unregistered(self, source: str, kept: KeptSource | None) -> None:
         """Somebody has unregistered a source here, for all replicas."""
         if kept is not None:
-            self._ending[kept.tag] = source
+            self._ending[kept.tag] = source, None
         self._directory.want(source, Kind.REMOVED, kept.packed_spec if kept is not None else b"")
         self._hurry.set()
 
@@ -92,7 +93,7 @@ class Beat:
         """The sources that are registered already; none if Redis can't be asked, which is made up for later."""
         try:
             await self._beat()
-            return [spec for _, spec in self._specs(await self._news()) if spec is not None]
+            return [spec for _, _, spec in self._specs(await self._news()) if spec is not None]
         except StoreError as error:
             self._troubles.begin(CONNECTION, error)
             return ()
@@ -162,13 +163,13 @@ class Beat:
         return self._directory.merge(found)
 
     def _take_in(self, fleet: Kept, news: Iterable[tuple[str, Line]]) -> None:
-        for source, spec in self._specs(news):
+        for source, generation, spec in self._specs(news):
             kept = self._shelf.sources.get(source)
             if kept is not None:
-                kept.shard.registration = self._directory.generation(source)
+                kept.shard.registration = generation
             if spec is None or (kept is not None and kept.spec != spec):
                 if kept is not None:
-                    self._ending[kept.tag] = source  # ended already, but we may have written since
+                    self._ending[kept.tag] = source, generation  # ended already, but we may have written since
                 fleet.unregister_shared(source)
             if spec is None:
                 continue
@@ -177,15 +178,15 @@ class Beat:
             except KvIndexerError as error:
                 _log.warning("source %s, registered with another replica, is not followed: %s", source, error)
 
-    def _specs(self, news: Iterable[tuple[str, Line]]) -> list[tuple[str, SourceSpec | None]]:
-        """What to register (or, None, unregister) here because of these lines."""
-        specs: list[tuple[str, SourceSpec | None]] = []
+    def _specs(self, news: Iterable[tuple[str, Line]]) -> list[tuple[str, int, SourceSpec | None]]:
+        """What to register (or, None, unregister) here because of these lines, with their generations."""
+        specs: list[tuple[str, int, SourceSpec | None]] = []
         for source, line in news:
             if line.kind is Kind.REMOVED:
-                specs.append((source, None))
+                specs.append((source, line.generation, None))
             elif line.kind is Kind.REGISTERED:
                 try:
-                    specs.append((source, unpack_spec(line.spec)))
+                    specs.append((source, line.generation, unpack_spec(line.spec)))
                 except UnreadableError as error:
                     _log.warning("source %s of the store is not followed: %s", source, error)
         return specs
@@ -218,11 +219,11 @@ class Beat:
     async def _bury(self) -> None:
         """End the shards of sources that were unregistered: ours, and those that another replica left unfinished."""
         waiting = {wanted.source for wanted in self._directory.wanted()}
-        for tag, source in list(self._ending.items()):
+        for tag, (source, generation) in list(self._ending.items()):
             kept = self._shelf.sources.get(source)
             if source not in waiting:
                 if kept is None or kept.tag != tag:
-                    await self._end(tag, self._directory.generation(source))
+                    await self._end(tag, generation or self._directory.generation(source))
                 del self._ending[tag]
         for source, line in list(self._directory.removed()):
             if not line.spec or self._buried.get(source) == line.generation:

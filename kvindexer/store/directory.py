@@ -9,10 +9,14 @@ directory never reads as "all unregistered".
     local        follows from a replica's own settings, its discovery or an engine's list; here only so that readers
                  find its shard
 
-Two wishes are no lines, and never touch what somebody has registered:
+Two wishes are no lines:
 
     found        a local line for a source that discovery has found
     dropped      no local line any more: the life that it names is over
+
+Neither they nor a local line ever touch what somebody has registered.  So whoever knows a registration and finds a
+local line in its place has missed that it was unregistered in between: the directory is looked at now and then, and
+what was found may have its line a moment after the tombstone.
 """
 
 from __future__ import annotations
@@ -76,6 +80,13 @@ class Wanted(NamedTuple):
     spec: bytes
     generation: int | None
     """None: it is news; otherwise it is published again."""
+
+
+def _told(known: Line | None, found: Line) -> Line:
+    """What a line says to somebody who knows an older one."""
+    if known is not None and known.kind is Kind.REGISTERED and found.kind is Kind.LOCAL:
+        return Line(found.generation - 1, Kind.REMOVED, known.spec)
+    return found
 
 
 class Directory:
@@ -150,9 +161,11 @@ class Directory:
                 continue
             if wanted.kind is Kind.DROPPED or (wanted.kind, wanted.spec) == (Kind.LOCAL, line.spec):
                 del self._wanted[source]
-        news = [(source, line) for source, line in found.items() if line.generation > self.generation(source)]
-        for source, line in news:
-            self._keep(source, line)
+        news: list[tuple[str, Line]] = []
+        for source, line in found.items():
+            if line.generation > self.generation(source):
+                news.append((source, _told(self._lines.get(source), line)))
+                self._keep(source, line)
         for source, line in self._lines.items():
             there = found.get(source)
             if line.kind is Kind.DROPPED:

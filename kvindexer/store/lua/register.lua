@@ -21,7 +21,7 @@ if kind == 'dropped' then
   redis.call('HSET', lines, '#generation', string.format('%d', generation), '#version', now[1] .. '.' .. now[2])
   return string.format('%d', generation)
 end
-if kind == 'found' then
+if kind == 'found' or (kind == 'local' and ARGV[4] == '') then
   if known_kind == 'registered' then
     return '0'
   end
