@@ -11,8 +11,11 @@ import pytest
 from kvindexer.settings import Settings
 from kvindexer.store.connect import open_client
 from kvindexer.store.directory import Directory, Kind, Line, read_lines
-from kvindexer.store.layout import Names
+from kvindexer.store.layout import Names, pack_spec
 from kvindexer.store.server import ShardServer
+from kvindexer.testing import FakeEngine
+from live import spec_of, until
+from replicas import contents, eventually, replica
 from servers import Server
 
 SOURCE = "tcp://10.0.0.1:5557"
@@ -77,6 +80,36 @@ def test_an_unregistration_is_heard_though_a_local_line_took_its_place(redis_ser
             assert side.directory.generation(SOURCE) == 3
 
     with_two_sides(redis_server, scenario)
+
+
+def test_the_shard_that_ends_then_is_not_that_of_the_local_line(redis_server: Server) -> None:
+    """Somebody has the same source in its settings and writes where the registration's writers are refused."""
+
+    async def scenario(engine: FakeEngine) -> None:
+        spec = spec_of(engine)
+        async with replica(redis_server.url) as one:
+            assert one.fleet.register(spec)
+            engine.run_request([1] * 30)
+
+            async def stored() -> bool:
+                found, records = await contents(redis_server.url, spec)
+                return found.meta is not None and found.meta.registration == 1 and bool(records)
+
+            await eventually("stored", stored)
+            line = f"3:local:{pack_spec(spec).decode()}"
+            redis_server.ask(
+                "HSET", Names("kvindexer").sources, spec.endpoint, line, "#generation", "3", "#version", "3"
+            )
+            await until("unregistered", lambda: not one.fleet.sources())
+
+            async def ended() -> bool:
+                found, _ = await contents(redis_server.url, spec)
+                return found.meta is None and found.removed == 2
+
+            await eventually("what was written for the registration is gone, and no later writer refused", ended)
+
+    with FakeEngine() as engine:
+        asyncio.run(scenario(engine))
 
 
 def test_settings_never_take_the_line_of_a_registration(redis_server: Server) -> None:
